@@ -1,0 +1,122 @@
+"""Write, read, run and export notebooks from the shell, keeping cell ids stable.
+
+    python tools/nb.py write page.md nbs/core/00_registry.ipynb   # Markdown with ```python fences -> notebook
+    python tools/nb.py read  nbs/core/00_registry.ipynb           # notebook -> Markdown on stdout
+    python tools/nb.py run   nbs/core/00_registry.ipynb           # execute in place, store outputs
+    python tools/nb.py export nbs/core/00_registry.ipynb          # export one notebook to essl_nb/
+
+In the Markdown form a line `<!-- cell -->` parts two prose cells.
+"""
+import argparse
+import difflib
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+
+
+def cells_of(text):
+    "The cells of a Markdown page, in order, without ids."
+    cells, at = [], 0
+
+    def prose(part):
+        for piece in part.split("<!-- cell -->"):
+            if piece.strip():
+                cells.append(new_markdown_cell(piece.strip()))
+
+    for m in FENCE.finditer(text):
+        prose(text[at : m.start()])
+        cells.append(new_code_cell(m[1].rstrip("\n")))
+        at = m.end()
+    prose(text[at:])
+    return cells
+
+
+def keep_ids(cells, old):
+    "Give `cells` the ids and outputs of the cells they continue in `old`; new cells get an id from their content."
+    match = difflib.SequenceMatcher(a=[c.source for c in old], b=[c.source for c in cells], autojunk=False)
+    for tag, i1, i2, j1, j2 in match.get_opcodes():
+        if tag in ("equal", "replace"):
+            for a, b in zip(old[i1:i2], cells[j1:j2]):
+                if a.cell_type == b.cell_type:
+                    b["id"], b["kept"] = a["id"], True
+                    if tag == "equal" and a.cell_type == "code":
+                        b["outputs"] = a["outputs"]
+    taken = {c["id"] for c in cells if c.pop("kept", False)}
+    for n, c in enumerate(cells):
+        if c["id"] not in taken:
+            salt = 0
+            while (new := hashlib.sha256(f"{c.source}{salt}".encode()).hexdigest()[:8]) in taken:
+                salt += 1
+            c["id"] = new
+            taken.add(new)
+    return cells
+
+
+def save(nb, path):
+    "Write `nb` beside `path` and rename, so that a reader never sees half a notebook."
+    nb.metadata = nbformat.from_dict(KERNEL)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(nbformat.writes(nb, version=4, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    clean(path)
+
+
+def clean(path):
+    from nbdev.clean import nbdev_clean
+
+    nbdev_clean(str(path))
+
+
+def write(page, path):
+    old = nbformat.read(path, as_version=4).cells if path.exists() else []
+    nb = new_notebook(cells=keep_ids(cells_of(Path(page).read_text(encoding="utf-8")), old))
+    nb.nbformat_minor = 5
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(nb, path)
+
+
+def read(path):
+    out, last = [], None
+    for c in nbformat.read(path, as_version=4).cells:
+        if c.cell_type == "markdown" and last == "markdown":
+            out.append("<!-- cell -->")
+        out.append(c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```")
+        last = c.cell_type
+    print("\n\n".join(out))
+
+
+def run(path):
+    from nbclient import NotebookClient
+
+    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
+    nb = nbformat.read(path, as_version=4)
+    NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    for c in nb.cells:
+        if c.cell_type == "code":
+            c["outputs"] = [o for o in c["outputs"] if not (o.output_type == "stream" and o.name == "stderr")]
+    save(nb, path)
+
+
+def export(path):
+    from nbdev.export import nb_export
+
+    nb_export(str(path), lib_path="essl_nb")
+
+
+if __name__ == "__main__":
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("action", choices=["write", "read", "run", "export"])
+    ap.add_argument("paths", nargs="+", type=Path)
+    args = ap.parse_args()
+    if args.action == "write":
+        write(*args.paths)
+    else:
+        for p in args.paths:
+            globals()[args.action](p)
