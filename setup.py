@@ -9,6 +9,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 readme = here / "README.md"
+extra = "_requirements"
 
 setup(
     name=cfg["lib_name"],
@@ -18,10 +19,12 @@ setup(
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license=cfg["license"],
+    license_files=["LICENSE"],
+    keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["essl_nb", "essl_nb.*"]),
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={k.removesuffix(extra): v.split() for k, v in cfg.items() if k.endswith(extra)},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

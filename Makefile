@@ -1,0 +1,47 @@
+# Two commands do for a newcomer: `make run` and `make test`. Both make .venv when it is missing.
+PY := .venv/bin/python
+JOBS ?= 2
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check lab docs export clean
+
+help:
+	@echo "make run      open the explorer in a browser (first time: makes .venv, about 6 GB)"
+	@echo "make test     every check and test (ARGS='-k shapes' picks some, ARGS=--slow adds the slow ones, JOBS=4 runs four at a time)"
+	@echo "make lab      JupyterLab on the tutorials"
+	@echo "make export   clean the notebooks, write essl_nb/ and README.md from them"
+	@echo "make check    say whether notebooks, modules and README.md are in step (make test does this first)"
+	@echo "make docs     build the site of notebooks into _site/"
+	@echo "make clean    remove what tests and builds leave behind (.venv stays)"
+
+run:
+	@sh tools/env.sh run
+	@.venv/bin/essl_explore $(ARGS)
+
+test:
+	@sh tools/env.sh dev
+	@sh tools/env.sh browser
+	@$(PY) tools/check.py
+	@echo "essl_nb: running the tests, $(JOBS) at a time"
+	@$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+check:
+	@sh tools/env.sh dev
+	@$(PY) tools/check.py
+
+lab:
+	@sh tools/env.sh dev
+	@$(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorials
+
+export:
+	@sh tools/env.sh dev
+	@$(PY) tools/check.py --mend
+
+docs:
+	@sh tools/env.sh docs
+	@$(PY) tools/site.py
+
+clean:
+	rm -rf build dist _site .cache .pytest_cache .gradio *.egg-info
+	find essl_nb tests tools app -name __pycache__ -prune -exec rm -rf {} +
