@@ -5,18 +5,22 @@
     python tools/nb.py run   nbs/core/00_registry.ipynb           # execute in place, store outputs
     python tools/nb.py export nbs/core/00_registry.ipynb          # export one notebook to essl_nb/
 
-In the Markdown form a line `<!-- cell -->` parts two prose cells.
+In the Markdown form a line `<!-- cell -->` parts two prose cells. `write` keeps the ids of cells that stay and the
+outputs of code that did not change; `run` stores outputs without this machine's paths, warnings and progress bars.
 """
 import argparse
 import difflib
 import hashlib
 import os
 import re
+import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
 
@@ -61,6 +65,7 @@ def keep_ids(cells, old):
 
 def save(nb, path):
     "Write `nb` beside `path` and rename, so that a reader never sees half a notebook."
+    path = Path(path).resolve()  # nbs/index.ipynb is a link, and stays one
     nb.metadata = nbformat.from_dict(KERNEL)
     part = path.with_name(f".{path.name}.part")
     part.write_text(nbformat.writes(nb, version=4, indent=1) + "\n", encoding="utf-8")
@@ -92,22 +97,33 @@ def read(path):
     print("\n\n".join(out))
 
 
+def anywhere(value):
+    "An output without the paths of this machine: the repository is `.`, a temporary folder is `tmp`."
+    if isinstance(value, str):
+        places = re.escape(tempfile.gettempdir()) + r"/tmp\w+"
+        return re.sub(places, "tmp", value.replace(f"{ROOT}/", "").replace(str(ROOT), "."))
+    if isinstance(value, list):
+        return [anywhere(v) for v in value]
+    return nbformat.from_dict({k: anywhere(v) for k, v in value.items()}) if isinstance(value, dict) else value
+
+
 def run(path):
     from nbclient import NotebookClient
 
-    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
+    os.environ |= {"PLOTLY_RENDERER": "plotly_mimetype", "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    path = path.resolve()
     nb = nbformat.read(path, as_version=4)
     NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     for c in nb.cells:
         if c.cell_type == "code":
-            c["outputs"] = [o for o in c["outputs"] if not (o.output_type == "stream" and o.name == "stderr")]
+            c["outputs"] = [anywhere(o) for o in c["outputs"] if not (o.output_type == "stream" and o.name == "stderr")]
     save(nb, path)
 
 
 def export(path):
     from nbdev.export import nb_export
 
-    nb_export(str(path), lib_path="essl_nb")
+    nb_export(str(path.resolve()), lib_path=str(ROOT / "essl_nb"))
 
 
 if __name__ == "__main__":
@@ -116,6 +132,8 @@ if __name__ == "__main__":
     ap.add_argument("paths", nargs="+", type=Path)
     args = ap.parse_args()
     if args.action == "write":
+        if len(args.paths) != 2:
+            sys.exit("tools/nb.py write takes two paths: the Markdown page and the notebook.")
         write(*args.paths)
     else:
         for p in args.paths:

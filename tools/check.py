@@ -1,0 +1,81 @@
+"""Are the notebooks clean, and are the modules and README.md what the notebooks make?
+
+    python tools/check.py          say what is out of step, change nothing, exit 1 if anything is
+    python tools/check.py --mend   clean the notebooks, write the modules and README.md   (`make export`)
+
+The check runs nbdev-clean, nbdev-export and tools/readme.py in a copy, and compares the copy with this folder.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import readme
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def nbdev(command, root):
+    "Run one of nbdev's commands in `root`; its own errors come back as they are."
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    done = subprocess.run([sys.executable, "-c", f"from nbdev.cli import *; from nbdev.clean import *; {command}()"], cwd=root, env=env, capture_output=True, text=True)
+    if done.returncode or "Failed to clean" in done.stderr:
+        sys.exit(f"nbdev could not do its work ({command}):\n{done.stdout}{done.stderr}")
+
+
+def notebooks(root):
+    "Every notebook of the project, index.ipynb included, relative to `root`."
+    found = [p.relative_to(root) for p in (root / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts)]
+    return sorted(p for p in found if not (root / p).is_symlink()) + [Path("index.ipynb")]
+
+
+def modules(root):
+    "Every exported module, relative to `root`."
+    return sorted(p.relative_to(root) for p in (root / "essl_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+
+
+def copy(root, to):
+    "The part of the project that nbdev works on, links kept."
+    quiet = shutil.ignore_patterns(".*", "__pycache__")
+    shutil.copytree(root / "nbs", to / "nbs", symlinks=True, ignore=quiet)
+    for p in root.glob("essl_nb/**/__init__.py"):
+        (to / p.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(p, to / p.relative_to(root))
+    for name in ("index.ipynb", "pyproject.toml", "settings.ini"):
+        shutil.copy2(root / name, to / name)
+
+
+def differences(root=ROOT):
+    "One line for each file that is out of step, with what to do."
+    with tempfile.TemporaryDirectory() as tmp:
+        to = Path(tmp).resolve()
+        copy(root, to)
+        same = lambda p: (root / p).is_file() and (root / p).read_bytes() == (to / p).read_bytes()
+        nbdev("nbdev_clean", to)
+        found = [f"{p} is not as nbdev-clean writes it" for p in notebooks(to) if not same(p)]
+        nbdev("nbdev_export", to)
+        found += [f"{p} is not what its notebook exports" for p in modules(to) if not same(p)]
+        found += [f"{p} comes from no notebook" for p in modules(root) if not (to / p).exists()]
+        found += [f"{p} would be changed by nbdev-export" for p in (q.relative_to(to) for q in to.glob("essl_nb/**/__init__.py")) if not same(p)]
+        found += [f"{p} was left by nbdev-export" for p in (q.relative_to(to) for q in to.rglob("llms.txt"))]
+    return found + readme.differences(root)
+
+
+def mend(root=ROOT):
+    "Clean, export, README: what a commit needs."
+    nbdev("nbdev_clean", root)
+    nbdev("nbdev_export", root)
+    readme.write(root)
+
+
+if __name__ == "__main__":
+    if "--mend" in sys.argv[1:]:
+        print("essl_nb: cleaning the notebooks, writing essl_nb/ and README.md", flush=True)
+        mend()
+    else:
+        print("essl_nb: checking that notebooks, modules and README.md are in step", flush=True)
+    if found := differences():
+        sys.exit("\n".join(found) + "\nTo mend: make export (edit notebooks, never essl_nb/*.py or README.md), then commit what changed.")

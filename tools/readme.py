@@ -1,0 +1,108 @@
+"""Write README.md from index.ipynb, and its figures into docs/figures/.
+
+Cells under `#| hide` are dropped, cells under `#| hide_input` show only their output, other `#|` lines go. A Plotly figure becomes
+docs/figures/<cell id>.svg; the file ends with a hash of the figure, so that it is drawn again only when the figure has
+changed and README.md can be checked without a browser. Drawing needs kaleido and a Chromium.
+"""
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from nbformat.v4 import new_markdown_cell
+
+FIGURES = Path("docs/figures")
+PLOTLY = "application/vnd.plotly.v1+json"
+HEAD = "<!-- Written by tools/readme.py from index.ipynb; edit the notebook. -->\n"
+
+
+def figure_hash(data) -> str:
+    "Twelve digits that change when the figure does."
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def split_directives(source) -> tuple[set, str]:
+    "The names of a cell's leading `#|` lines, and the code below them."
+    lines = source.split("\n")
+    n = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
+    return {(line[2:].split() or [""])[0].rstrip(":") for line in lines[:n]}, "\n".join(lines[n:]).strip("\n")
+
+
+def shown(out, cell_id, figures) -> str:
+    "An output as Markdown; a Plotly figure is put into `figures` and becomes a picture."
+    data = out.get("data", {})
+    if PLOTLY in data:
+        name = f"{cell_id}.svg"
+        figures[name] = data[PLOTLY]
+        return f"![{figure_title(data[PLOTLY])}]({(FIGURES / name).as_posix()})"
+    if "text/markdown" in data:
+        return data["text/markdown"].strip()
+    text = out.get("text", "") or data.get("text/plain", "")
+    return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
+
+
+def page(root) -> tuple[str, dict]:
+    "README's text, and its figures: file name → Plotly JSON."
+    nb = nbformat.read(Path(root) / "index.ipynb", as_version=4)
+    figures, cells = {}, []
+    for c in nb.cells:
+        directives, c.source = split_directives(c.source)
+        if directives & {"hide", "default_exp", "exporti"}:
+            continue
+        outputs = [new_markdown_cell(s) for o in c.pop("outputs", []) if (s := shown(o, c.id, figures))]
+        if c.cell_type == "code":
+            c["outputs"] = []
+        if c.source and "hide_input" not in directives:
+            cells.append(c)
+        cells += outputs
+    nb.cells = cells
+    nb.metadata["language_info"] = {"name": "python"}  # without it, fences have no language
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip()
+    return f"{HEAD}\n{text}\n", figures
+
+
+def figure_title(data) -> str:
+    "The figure's own title, without markup, for readers who do not see it."
+    title = data.get("layout", {}).get("title", {})
+    text = title.get("text", "") if isinstance(title, dict) else title
+    return re.sub(r"<[^>]+>", " ", text).replace("]", ")").strip() or "figure"
+
+
+def drawn(path) -> str:
+    "The hash that a drawn figure carries, or nothing."
+    found = re.search(r"<!-- figure (\w{12}) -->\s*$", path.read_text(encoding="utf-8")) if path.exists() else None
+    return found[1] if found else ""
+
+
+def draw(data, path):
+    "A Plotly figure as SVG."
+    import plotly.graph_objects as go
+
+    fig = go.Figure({k: data[k] for k in ("data", "layout")})
+    svg = fig.to_image(format="svg", width=820, height=460).decode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{svg.rstrip()}\n<!-- figure {figure_hash(data)} -->\n", encoding="utf-8")
+
+
+def differences(root) -> list[str]:
+    "What of README.md and its figures is not what index.ipynb makes."
+    text, figures = page(root)
+    readme = Path(root) / "README.md"
+    found = [] if readme.exists() and readme.read_text(encoding="utf-8") == text else ["README.md is not what index.ipynb makes"]
+    return found + [f"{FIGURES / n} is not the figure of index.ipynb" for n, data in figures.items() if drawn(Path(root) / FIGURES / n) != figure_hash(data)]
+
+
+def write(root):
+    "README.md, and the figures that changed."
+    text, figures = page(root)
+    for name, data in figures.items():
+        if drawn(Path(root) / FIGURES / name) != figure_hash(data):
+            draw(data, Path(root) / FIGURES / name)
+    (Path(root) / "README.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).resolve().parents[1])
