@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def nbdev(command, root):
     "Run one of nbdev's commands in `root`; its own errors come back as they are."
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    done = subprocess.run([sys.executable, "-c", f"from nbdev.cli import *; from nbdev.clean import *; {command}()"], cwd=root, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; {command}()"], cwd=root, env=env, capture_output=True, text=True)
     if done.returncode or "Failed to clean" in done.stderr:
         sys.exit(f"nbdev could not do its work ({command}):\n{done.stdout}{done.stderr}")
 

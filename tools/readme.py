@@ -4,6 +4,7 @@ Cells under `#| hide` are dropped, cells under `#| hide_input` show only their o
 docs/figures/<cell id>.svg; the file ends with a hash of the figure, so that it is drawn again only when the figure has
 changed and README.md can be checked without a browser. Drawing needs kaleido and a Chromium.
 """
+import base64
 import hashlib
 import json
 import re
@@ -30,28 +31,30 @@ def split_directives(source) -> tuple[set, str]:
     return {(line[2:].split() or [""])[0].rstrip(":") for line in lines[:n]}, "\n".join(lines[n:]).strip("\n")
 
 
-def shown(out, cell_id, figures) -> str:
-    "An output as Markdown; a Plotly figure is put into `figures` and becomes a picture."
+def shown(out, plotly) -> str:
+    "An output as Markdown; `plotly` says what becomes of a Plotly figure."
     data = out.get("data", {})
     if PLOTLY in data:
-        name = f"{cell_id}.svg"
-        figures[name] = data[PLOTLY]
-        return f"![{figure_title(data[PLOTLY])}]({(FIGURES / name).as_posix()})"
+        return plotly(data[PLOTLY])
     if "text/markdown" in data:
         return data["text/markdown"].strip()
+    for kind in ("image/png", "image/svg+xml"):
+        if kind in data:
+            code = data[kind].strip() if kind == "image/png" else base64.b64encode(data[kind].encode()).decode()
+            return f"![output](data:{kind};base64,{code})"
     text = out.get("text", "") or data.get("text/plain", "")
     return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 
 
-def page(root) -> tuple[str, dict]:
-    "README's text, and its figures: file name → Plotly JSON."
-    nb = nbformat.read(Path(root) / "index.ipynb", as_version=4)
-    figures, cells = {}, []
+def markdown(path, plotly) -> str:
+    "A notebook as Markdown; `plotly(figure, cell id)` gives what stands for a figure."
+    nb = nbformat.read(path, as_version=4)
+    cells = []
     for c in nb.cells:
         directives, c.source = split_directives(c.source)
         if directives & {"hide", "default_exp", "exporti"}:
             continue
-        outputs = [new_markdown_cell(s) for o in c.pop("outputs", []) if (s := shown(o, c.id, figures))]
+        outputs = [new_markdown_cell(s) for o in c.pop("outputs", []) if (s := shown(o, lambda data: plotly(data, c.id)))]
         if c.cell_type == "code":
             c["outputs"] = []
         if c.source and "hide_input" not in directives:
@@ -60,8 +63,18 @@ def page(root) -> tuple[str, dict]:
     nb.cells = cells
     nb.metadata["language_info"] = {"name": "python"}  # without it, fences have no language
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip()
-    return f"{HEAD}\n{text}\n", figures
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip() + "\n"
+
+
+def page(root) -> tuple[str, dict]:
+    "README's text, and its figures: file name → Plotly JSON."
+    figures = {}
+
+    def picture(data, cell_id):
+        figures[f"{cell_id}.svg"] = data
+        return f"![{figure_title(data)}]({(FIGURES / f'{cell_id}.svg').as_posix()})"
+
+    return f"{HEAD}\n{markdown(Path(root) / 'index.ipynb', picture)}", figures
 
 
 def figure_title(data) -> str:
