@@ -5,7 +5,7 @@ from importlib import import_module
 
 # The public names, each with the module it lives in; a module is imported when one of its names is first asked for.
 _HOME = {
-    "list_mixers": "mixers.base", "build_mixer": "mixers.base", "check_mixer": "mixers.base",
+    "list_mixers": "mixers.base", "build_mixer": "mixers.base", "check_mixer": "mixers.checks",
     "EncoderConfig": "models.encoder", "build_encoder": "models.encoder", "load_encoder": "models.checkpoint",
     "load_corpus": "data.corpus", "list_objectives": "ssl.objective",
     "PretrainConfig": "train.loop", "pretrain": "train.loop",
