@@ -7,6 +7,7 @@ __all__ = ['prepare_targets', 'make_targets']
 
 # %% ../../nbs/train/59_targets.ipynb #431402b6
 import copy
+import inspect
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def prepare_targets(
 ) -> list: # of Item, in the corpus's order
     "Fit the objective's targets and label every utterance, or read both from the cache."
     features = corpus.features(progress=progress)
-    key = content_hash(dict(name=name, kw=kw, stride=stride, seed=seed, data=corpus.data_hash, version=1))
+    key = content_hash(dict(name=name, kw=kw, stride=stride, seed=seed, data=corpus.data_hash, code=inspect.getsource(type(objective))))
     path = cache_dir() / "targets" / f"{name}-{key}.safetensors"
     if not path.exists():
         make_targets(copy.deepcopy(objective), corpus, features, path, derive_seed(seed, "targets", name), progress)
