@@ -41,11 +41,14 @@ def open_audio(
         f = soundfile.SoundFile(path)
     except (soundfile.LibsndfileError, TypeError) as e:
         raise EsslError(f"{path} is not audio that can be read; give a file in one of the formats {', '.join(SUFFIXES)}.") from e
-    seconds = f.frames / f.samplerate
-    if f.frames <= 0 or seconds >= MAX_SECONDS:
-        f.close()
-        what = "holds no samples; record or copy it again" if f.frames <= 0 else f"lasts {seconds / 60:.0f} minutes; cut it into files of less than an hour"
-        raise EsslError(f"{path} {what}.")
+    seconds, faults = f.frames / f.samplerate, {}
+    faults["holds no samples; record or copy it again"] = f.frames == 0
+    faults["does not say how long it is; save it again from a sound editor"] = f.frames > 2**62  # a FLAC stream
+    faults[f"lasts {seconds / 60:.0f} minutes; cut it into files of less than an hour"] = seconds >= MAX_SECONDS
+    for fault, found in faults.items():
+        if found:
+            f.close()
+            raise EsslError(f"{path} {fault}.")
     return f
 
 # %% ../../nbs/data/05_audio.ipynb #6e05362b
