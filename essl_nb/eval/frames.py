@@ -88,7 +88,7 @@ class Frames:
 def statistics(
     frames: Frames, # training frames
     *,
-    sample: int = 20000, # frames to look at
+    sample: int = 8000, # frames to look at
     seed: int = 0,
 ) -> tuple: # mean and standard deviation, each (L,D)
     "Per-dimension statistics of the frames."

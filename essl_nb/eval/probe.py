@@ -190,7 +190,9 @@ class LayerHead(nn.Module):
     def forward(self, x):
         # x (N,L,D) → (N,C)
         scale = self.mix.softmax(0)[:, None] / self.std # (L,D)
-        z = torch.einsum("nld,ld->nd", x, scale) - (scale * self.mean).sum(0)
+        z = -(scale * self.mean).sum(0).expand(len(x), -1)
+        for layer, by in zip(x.unbind(1), scale):
+            z = torch.addcmul(z, layer, by) # no (N,L,D) product is kept for the backward pass
         return self.body(z)
 
 # %% ../../nbs/eval/70_probe.ipynb #3ce7c4bf
