@@ -1,0 +1,472 @@
+"""The objectives, their targets and the health of a run: spans, quantisers, k-means, losses under padding."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from essl_nb.core.registry import EsslError, UnknownName
+from essl_nb.ssl.bestrq import quantise, quantise_naive, quantiser_memory, random_quantiser
+from essl_nb.ssl.health import agreement, code_usage, collapsed, effective_rank, health_of, is_collapsed, rankme
+from essl_nb.ssl.hubert import Clusters, dct_basis, kmeans, nearest_centroid, normalise_utterance, principal_axes
+from essl_nb.ssl.objective import (accuracy, build_objective, centres, draw_share, list_objectives, mean_cross_entropy,
+                                   mean_squared_error, objectives, one_thread, sample_frames, stack_context)
+from essl_nb.ssl.spans import SpanConfig, draw_spans, realised_share, start_prob_for
+
+DIM = 24
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Store(dict):
+    "Raw log-mel in memory, as an objective reads it."
+    mean, std = torch.full((80,), -6.0), torch.full((80,), 3.0)
+
+
+@pytest.fixture(scope="module")
+def features():
+    draw = seeded(7)
+    smooth = lambda T: torch.nn.functional.avg_pool1d(torch.randn(1, 80, T + 4, generator=draw), 5, 1)[0].T
+    return Store({f"u{n}": smooth(61 + 13 * n) * 6 - 6 for n in range(10)})
+
+
+def fitted(name, features, seed=0, **options):
+    tiny = {**objectives.get(name).meta["tiny"], **options}
+    return build_objective(name, DIM, **tiny).fit(features, list(features), generator=seeded(seed))
+
+
+def batch(objective, features, ids, T=None):
+    "Padded targets and mask of a few utterances."
+    made = [objective.label(features[i]) for i in ids]
+    lengths = [len(m["codes"]) for m in made]
+    T = T or max(lengths)
+    targets = {k: torch.stack([torch.nn.functional.pad(m[k], [0, 0] * (m[k].ndim - 1) + [0, T - len(m[k])]) for m in made]) for k in made[0]}
+    return targets, torch.arange(T) < torch.tensor(lengths)[:, None]
+
+
+# spans
+
+@pytest.mark.parametrize("share, span", [(0.4, 10), (0.65, 5), (0.2, 20), (0.5, 1)])
+def test_share_follows_the_formula(share, span):
+    p = start_prob_for(share, span)
+    assert math.isclose(1 - (1 - p) ** span, share)
+    lengths = torch.full((300,), 400)
+    hidden = draw_spans(lengths, span=span, start_prob=p, generator=seeded(span), min_spans=0)
+    assert abs(realised_share(hidden, lengths) - share) < 0.015
+
+
+def test_every_place_is_hidden_alike():
+    hidden = draw_spans(torch.full((6000,), 40), span=10, start_prob=start_prob_for(0.4, 10), generator=seeded(), min_spans=0)
+    assert (hidden.float().mean(0) - 0.4).abs().max() < 0.035
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 50, 12], [7, 7], [0, 5]], ids=str)
+@pytest.mark.parametrize("floor", [0, 1, 3])
+def test_spans_stay_inside(lengths, floor):
+    n = torch.tensor(lengths)
+    hidden = draw_spans(n, span=10, start_prob=0.001, generator=seeded(), min_spans=floor, T=64)
+    assert hidden.shape == (len(lengths), 64) and hidden.dtype == torch.bool
+    assert not hidden[torch.arange(64) >= n[:, None]].any()
+    if floor:
+        assert (hidden.sum(1) >= n.clamp(max=10)).all()
+
+
+def test_spans_do_not_depend_on_neighbours_or_padding():
+    a = draw_spans(torch.tensor([30, 80]), span=5, start_prob=0.1, generator=seeded(3))
+    b = draw_spans(torch.tensor([30]), span=5, start_prob=0.1, generator=seeded(3), T=99)
+    assert torch.equal(a[0, :30], b[0, :30])
+
+
+def test_spans_are_whole_unless_cut_by_an_end():
+    row = draw_spans(torch.tensor([4000]), span=7, start_prob=0.02, generator=seeded())[0]
+    edges = torch.nn.functional.pad(row.int(), (1, 1)).diff()
+    runs = (edges == -1).nonzero() - (edges == 1).nonzero()
+    assert (runs[1:-1] >= 7).all() and len(runs) > 20
+
+
+def test_span_configuration():
+    config = SpanConfig()
+    assert config.frames(0.02) == 10 and config.frames(0.04) == 5 and config.frames(1.0) == 1
+    hidden = config.draw(torch.full((200,), 300), generator=seeded())
+    assert abs(realised_share(hidden) - 0.4) < 0.02
+
+
+@pytest.mark.parametrize("wrong", [dict(span=0), dict(start_prob=1.5), dict(min_spans=-1), dict(T=3)], ids=str)
+def test_spans_refuse(wrong):
+    with pytest.raises(EsslError):
+        draw_spans(torch.tensor([5]), generator=seeded(), **{**dict(span=2, start_prob=0.1), **wrong})
+    with pytest.raises(EsslError):
+        start_prob_for(1.0, 10)
+
+
+# shared parts
+
+def test_context_rows_replicate_the_edges():
+    x = torch.arange(6.0)[:, None]
+    assert stack_context(x, [-1, 0, 1], torch.arange(6))[[0, 5]].tolist() == [[0, 0, 1], [4, 5, 5]]
+    assert [len(centres(T, 2)) for T in (1, 2, 3, 4)] == [(T - 1) // 2 + 1 for T in (1, 2, 3, 4)]
+
+
+def test_sample_is_of_all_frames_and_without_repeats():
+    lengths = [5, 0, 50, 1, 200]
+    picks = sample_frames(lengths, 100, generator=seeded())
+    assert [len(p) == len(p.unique()) for p in picks] == [True] * 5 and sum(map(len, picks)) == 100
+    assert all((p < n).all() for p, n in zip(picks, lengths))
+    assert [len(p) for p in sample_frames(lengths, 10**6, generator=seeded())] == lengths
+
+
+def test_losses_are_float32_and_finite_when_empty():
+    with torch.autocast("cpu", torch.bfloat16):
+        head = torch.nn.Linear(4, 5)
+        logits = head(torch.randn(3, 4))
+        assert logits.dtype == torch.bfloat16
+        loss = mean_cross_entropy(logits, torch.tensor([0, 1, 2], dtype=torch.int16))
+        error = mean_squared_error(logits, torch.zeros(3, 5, dtype=torch.float16))
+    assert loss.dtype == error.dtype == torch.float32
+    nothing = torch.zeros(0, 5, requires_grad=True)
+    (mean_cross_entropy(nothing, torch.zeros(0)) + mean_squared_error(nothing, nothing)).backward()
+    assert accuracy(nothing, torch.zeros(0)) == 0
+
+
+def test_mean_losses_equal_torch():
+    logits, codes = torch.randn(9, 5), torch.randint(5, (9,))
+    assert torch.allclose(mean_cross_entropy(logits, codes), torch.nn.functional.cross_entropy(logits, codes))
+    assert torch.allclose(mean_squared_error(logits, logits + 2), torch.tensor(4.0))
+
+
+def test_drawn_share():
+    keep = torch.rand(50, 200, generator=seeded()) < 0.5
+    some = draw_share(keep, 0.4, generator=seeded(1))
+    assert not (some & ~keep).any() and abs(some.sum() / keep.sum() - 0.4) < 0.02
+    assert torch.equal(draw_share(keep, 1.0, generator=seeded()), keep) and not draw_share(keep, 0.0, generator=seeded()).any()
+
+
+def test_one_thread_restores():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+# every registered objective
+
+def test_names_and_options():
+    assert {"best_rq", "clusters"} <= set(list_objectives())
+    with pytest.raises(UnknownName, match="clusters"):
+        build_objective("cluster", DIM)
+    with pytest.raises(EsslError, match="unmasked_weight"):
+        build_objective("clusters", DIM, unmasked_weights=1)
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_labels_fit_the_encoder(name, features):
+    for stride in (1, 2, 4):
+        task = fitted(name, features, stride=stride)
+        for T in (1, 2, 7, 60, 61):
+            made = task.label(features["u9"][:T])
+            assert all(len(v) == (T - 1) // stride + 1 for v in made.values())
+            assert all(torch.isfinite(v).all() for v in made.values())
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_fit_is_deterministic_and_heeds_its_generator(name, features):
+    same, again, other = fitted(name, features), fitted(name, features), fitted(name, features, seed=1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        threaded = fitted(name, features)
+    finally:
+        torch.set_num_threads(threads)
+    for k, v in same.state_dict().items():
+        assert torch.equal(v, again.state_dict()[k]) and torch.equal(v, threaded.state_dict()[k]), k
+    assert any(not torch.equal(v, other.state_dict()[k]) for k, v in same.state_dict().items())
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_state_dict_keeps_the_task(name, features):
+    task = fitted(name, features)
+    fresh = build_objective(name, DIM, **objectives.get(name).meta["tiny"])
+    with pytest.raises(EsslError, match="fit"):
+        fresh.label(features["u0"])
+    fresh.load_state_dict(task.state_dict())
+    for k, v in task.label(features["u3"]).items():
+        assert torch.equal(v, fresh.label(features["u3"])[k])
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_pads_cannot_leak(name, features):
+    task, ids = fitted(name, features), ["u0", "u4"]
+    targets, mask = batch(task, features, ids)
+    frames = torch.randn(*mask.shape, DIM, generator=seeded())
+    span = torch.rand(mask.shape, generator=seeded()) < 0.4
+    results = []
+    for fill, hidden in ((0.0, span & mask), (float("nan"), span | ~mask)):
+        x = frames.masked_fill(~mask[..., None], fill).requires_grad_()
+        task.zero_grad()
+        total, parts = task(x, targets, hidden, mask, generator=seeded())
+        total.backward()
+        results.append((total.detach(), parts, x.grad, [p.grad.clone() for p in task.parameters()]))
+    (a, pa, ga, wa), (b, pb, gb, wb) = results
+    assert torch.equal(a, b) and all(torch.equal(pa[k], pb[k]) for k in pa)
+    assert torch.equal(ga, gb) and (ga[~mask] == 0).all() and all(map(torch.equal, wa, wb))
+
+
+@pytest.mark.parametrize("name", list_objectives())
+@pytest.mark.parametrize("case", ["none hidden", "all hidden", "no real frame"])
+def test_losses_stay_finite(name, case, features):
+    task = fitted(name, features)
+    targets, mask = batch(task, features, ["u1", "u2"])
+    span = torch.full(mask.shape, case == "all hidden")
+    mask = torch.zeros_like(mask) if case == "no real frame" else mask
+    x = torch.randn(*mask.shape, DIM, requires_grad=True)
+    total, parts = task(x, targets, span, mask, generator=seeded())
+    total.backward()
+    assert torch.isfinite(total) and torch.isfinite(x.grad).all() and all(torch.isfinite(v) for v in parts.values())
+    assert "masked_accuracy" in parts and not any(v.requires_grad for v in parts.values())
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_loss_under_autocast_is_near_and_float32(name, features):
+    task = fitted(name, features)
+    targets, mask = batch(task, features, ["u1", "u2"])
+    x, span = torch.randn(*mask.shape, DIM, generator=seeded()), torch.rand(mask.shape, generator=seeded()) < 0.4
+    full = task(x, targets, span, mask, generator=seeded()).total
+    with torch.autocast("cpu", torch.bfloat16):
+        half = task(x, targets, span, mask, generator=seeded()).total
+    assert half.dtype == torch.float32 and abs(half - full) < 0.03 * full
+
+
+@pytest.mark.parametrize("name", list_objectives())
+def test_an_objective_can_be_learnt(name, features):
+    "Free frames, one vector each: the loss must fall and the hidden codes be found."
+    task = fitted(name, features)
+    targets, mask = batch(task, features, ["u0", "u1"])
+    frames = torch.nn.Parameter(0.1 * torch.randn(*mask.shape, DIM, generator=seeded()))
+    span = torch.rand(mask.shape, generator=seeded()) < 0.4
+    optimiser = torch.optim.Adam([frames, *task.parameters()], lr=0.05)
+    for step in range(120):
+        total, parts = task(frames, targets, span, mask, generator=seeded(step))
+        first = total.item() if step == 0 else first
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+    assert total.item() < 0.3 * first and parts["masked_accuracy"] > 0.95
+
+
+def test_label_refuses_what_does_not_fit(features):
+    task = fitted("clusters", features)
+    for wrong in (torch.zeros(0, 80), torch.zeros(5, 40), torch.zeros(1, 5, 80)):
+        with pytest.raises(EsslError):
+            task.label(wrong)
+    with pytest.raises(EsslError):
+        build_objective("clusters", DIM).fit(features, [], generator=seeded())
+
+
+# BEST-RQ
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 200)], ids=str)
+@pytest.mark.parametrize("entries", [64, 5000, 2**20])
+def test_quantiser_equals_the_equation(shape, entries):
+    projection, codebook = random_quantiser(160, 16, 256, generator=seeded())
+    x = torch.randn(*shape, 160, generator=seeded(1))
+    truth = quantise_naive(x.double(), projection.double(), codebook.double())
+    assert torch.equal(quantise(x, projection, codebook, entries=entries), truth)
+
+
+def test_codes_do_not_depend_on_padding():
+    projection, codebook = random_quantiser(160, 16, 256, generator=seeded())
+    x = torch.randn(1, 40, 160, generator=seeded(1))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 30))
+    assert torch.equal(quantise(padded, projection, codebook)[:, :40], quantise(x, projection, codebook))
+
+
+def test_random_quantiser_has_the_papers_shapes():
+    projection, codebook = random_quantiser(320, 16, 8192, generator=seeded())
+    assert torch.allclose(codebook.norm(dim=1), torch.ones(8192), atol=1e-5)
+    bound = (6 / 336) ** 0.5
+    assert projection.abs().max() <= bound and abs(projection.std() - bound / 3**0.5) < 1e-3
+
+
+def test_stacked_frame_is_centred():
+    assert build_objective("best_rq", DIM).offsets == [0, 1]
+    assert build_objective("best_rq", DIM, stride=4).offsets == [0, 1, 2, 3]
+    assert build_objective("best_rq", DIM, stack=4).offsets == [-1, 0, 1, 2]
+
+
+def test_best_rq_counts_hidden_frames_alone(features):
+    task = fitted("best_rq", features)
+    targets, mask = batch(task, features, ["u0"])
+    span = torch.zeros_like(mask)
+    span[0, 3:9] = True
+    x = torch.randn(*mask.shape, DIM)
+    truth = torch.nn.functional.cross_entropy(task.head(x[0, 3:9]), targets["codes"][0, 3:9].long())
+    assert torch.allclose(task(x, targets, span, generator=seeded()).total, truth)
+
+
+def test_quantiser_memory_in_small():
+    rows = quantiser_memory(20, codebook=4096)["rows"]
+    assert rows[0]["mib"] < 40 < 100 < rows[1]["mib"] and rows[0]["codes_sha"] == rows[1]["codes_sha"]
+
+
+@pytest.mark.slow
+def test_quantiser_memory_at_full_size():
+    ours, naive = quantiser_memory(400)["rows"]
+    assert naive["mib"] > 4900 and ours["mib"] < 100 and ours["codes_sha"] == naive["codes_sha"]
+
+
+# cluster targets
+
+def test_dct_is_scipys():
+    fft = pytest.importorskip("scipy.fft")
+    x = torch.randn(4, 80, generator=seeded())
+    truth = fft.dct(x.double().numpy(), type=2, norm="ortho")[:, :13]
+    assert np.allclose((x @ dct_basis(80, 13)).numpy(), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_principal_axes_are_scikit_learns(whiten):
+    PCA = pytest.importorskip("sklearn.decomposition").PCA
+    x = torch.randn(800, 20, generator=seeded()) @ torch.randn(20, 20, generator=seeded(1)) + 3
+    mean, axes, share = principal_axes(x.split(100), 6, whiten=whiten)
+    peer = PCA(6, whiten=whiten, svd_solver="full").fit(x.numpy())
+    ours, theirs = ((x - mean) @ axes).numpy(), peer.transform(x.numpy())
+    assert np.allclose(np.abs(ours), np.abs(theirs), rtol=5e-3, atol=5e-3 * np.abs(theirs).max())
+    assert math.isclose(share, peer.explained_variance_ratio_.sum(), rel_tol=1e-3)
+
+
+def test_principal_axes_of_flat_data_are_finite():
+    x = torch.randn(50, 3, generator=seeded()) @ torch.randn(3, 10, generator=seeded(1))  # rank 3
+    mean, axes, _ = principal_axes([x], 8, whiten=True)
+    assert torch.isfinite(axes).all()
+    with pytest.raises(EsslError):
+        principal_axes([x], 11)
+
+
+@pytest.mark.parametrize("clusters", [2, 7, 40])
+def test_kmeans_reaches_scikit_learns_inertia(clusters):
+    KMeans = pytest.importorskip("sklearn.cluster").KMeans
+    x = torch.randn(2000, 5, generator=seeded()) + 3 * torch.randint(3, (2000, 1), generator=seeded(1))
+    start = x[:clusters].clone()
+    ours = kmeans(x, clusters, iterations=12, start=start)
+    peer = KMeans(clusters, init=start.numpy(), n_init=1, max_iter=12, tol=0, algorithm="lloyd").fit(x.numpy())
+    assert math.isclose(ours.inertia[-1] * len(x), peer.inertia_, rel_tol=1e-3)
+    assert len(ours.inertia) == 13 and all(a >= b - 1e-6 for a, b in zip(ours.inertia, ours.inertia[1:]))
+
+
+def test_nearest_centroid_is_cdist():
+    x, c = torch.randn(333, 9, generator=seeded()) + 5, torch.randn(31, 9, generator=seeded(1)) + 5
+    codes, distance = nearest_centroid(x, c, chunk=50)
+    truth = torch.cdist(x.double(), c.double()).min(1)
+    assert torch.equal(codes, truth.indices) and torch.allclose(distance, truth.values.square().float(), atol=1e-3)
+
+
+def test_empty_clusters_are_filled():
+    x = torch.cat([torch.zeros(50, 2), torch.full((50, 2), 8.0) + torch.rand(50, 2, generator=seeded())])
+    found = kmeans(x, 4, start=torch.zeros(4, 2))  # three of the four are empty at once
+    assert len(nearest_centroid(x, found.centroids)[0].unique()) == 4
+    with pytest.raises(EsslError, match="frames"):
+        kmeans(x[:3], 4)
+
+
+def test_kmeans_draws_from_its_generator():
+    x = torch.randn(300, 4, generator=seeded())
+    a, b, c = (kmeans(x, 9, generator=seeded(s)).centroids for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_context_is_whitened_and_read_at_the_centres(features):
+    task = fitted("clusters", features, stride=1)
+    every = task.label(features["u5"])
+    halved = fitted("clusters", features, stride=2).label(features["u5"])
+    assert torch.equal(every["codes"][::2], halved["codes"]) and torch.allclose(every["context"][::2], halved["context"], atol=2e-3)
+    context = torch.cat([task.label(features[i])["context"].float() for i in features])
+    assert context.mean(0).abs().max() < 0.3 and (context.var(0) - 1).abs().max() < 0.5
+
+
+def test_codes_hear_neither_channel_nor_a_filter(features):
+    task, mel = fitted("clusters", features), features["u6"]
+    assert torch.equal(task.label(mel)["codes"], task.label(mel + torch.linspace(-2, 2, 80))["codes"])
+    assert torch.isfinite(normalise_utterance(torch.full((1, 80), -18.4))).all()
+
+
+def test_recipe_shapes():
+    task = build_objective("clusters", 192)
+    assert task.near.axes.shape == (91, 40) and task.wide.axes.shape == (720, 64) and task.centroids.shape == (500, 40)
+    assert task.near.offsets == [-6, -4, -2, 0, 2, 4, 6] and task.wide.offsets == list(range(-8, 9, 2))
+
+
+def test_the_loss_is_the_formula(features):
+    task = fitted("clusters", features, unmasked_share=1.0)
+    targets, mask = batch(task, features, ["u0", "u3"])
+    x, span = torch.randn(*mask.shape, DIM, generator=seeded()), torch.rand(mask.shape, generator=seeded()) < 0.4
+    loss = task(x, targets, span, mask, generator=seeded())
+    hidden, seen = mask & span, mask & ~span
+    ce = lambda k: torch.nn.functional.cross_entropy(task.code_head(x[k]), targets["codes"][k].long())
+    mse = lambda k: torch.nn.functional.mse_loss(task.context_head(x[k]), targets["context"][k].float())
+    truth = ce(hidden) + 1.0 * ce(seen) + 3.0 * 0.5 * (mse(hidden) + mse(seen))
+    assert torch.allclose(loss.total, truth, rtol=1e-5)
+    assert torch.allclose(loss.parts["hidden_share"], hidden.sum() / mask.sum())
+
+
+@pytest.mark.parametrize("weight, part", [("masked_weight", "masked_loss"), ("unmasked_weight", "unmasked_loss")])
+def test_each_weight_weighs(weight, part, features):
+    one, five = fitted("clusters", features), fitted("clusters", features, **{weight: 5.0})
+    targets, mask = batch(one, features, ["u0"])
+    x, span = torch.randn(*mask.shape, DIM, generator=seeded()), torch.rand(mask.shape, generator=seeded()) < 0.4
+    a, b = (task(x, targets, span, mask, generator=seeded()) for task in (one, five))
+    assert torch.allclose(b.total - a.total, 4 * a.parts[part], rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [dict(clusters=1), dict(clusters=40_000), dict(unmasked_share=1.2)], ids=str)
+def test_clusters_refuse(wrong):
+    with pytest.raises(EsslError):
+        Clusters(DIM, **wrong)
+
+
+# health
+
+def test_ranks_at_their_limits():
+    noise = torch.randn(20_000, 16, generator=seeded())
+    assert abs(effective_rank(noise) - 16) < 0.1 and abs(rankme(noise) - 16) < 0.1
+    assert abs(effective_rank(noise[:, :1] * torch.ones(16)) - 1) < 1e-6
+    assert effective_rank(torch.ones(10, 16)) == 0 and math.isclose(rankme(torch.ones(10, 16)), 1, rel_tol=1e-6)
+    values = torch.tensor([4.0, 2.0, 1.0])
+    spread = noise[:, :3] @ torch.diag(values.sqrt())
+    eigen = torch.linalg.eigvalsh(spread.double().T.cov())
+    assert math.isclose(effective_rank(spread), float(eigen.sum() ** 2 / eigen.square().sum()), rel_tol=1e-6)
+
+
+def test_code_usage():
+    assert code_usage(torch.arange(32).repeat(3), 32) == pytest.approx(dict(perplexity=32, used=1, largest=1 / 32))
+    assert code_usage(torch.full((9,), 4, dtype=torch.int16), 8) == pytest.approx(dict(perplexity=1, used=1 / 8, largest=1))
+    with pytest.raises(EsslError):
+        code_usage(torch.tensor([0, 8]), 8)
+
+
+def test_agreement_at_its_limits():
+    draw = seeded()
+    a, b = torch.randint(12, (9000,), generator=draw), torch.randint(5, (9000,), generator=draw)
+    assert agreement(b, b) == pytest.approx(dict(purity=1, pnmi=1)) and agreement(a, b)["pnmi"] < 0.01
+    score = pytest.importorskip("sklearn.metrics").mutual_info_score(b.numpy(), (a % 5 + b).numpy())
+    share = torch.bincount(b).double() / len(b)
+    assert agreement(a % 5 + b, b)["pnmi"] == pytest.approx(score / float(torch.special.entr(share).sum()))
+
+
+def test_health_and_verdicts():
+    frames = torch.randn(900, 64, generator=seeded())
+    codes = frames.argmax(-1)
+    well = health_of(frames, logits=frames, codes=codes, hidden=torch.arange(900) < 400)
+    assert well["masked_accuracy"] == 1 and well["effective_rank"] > 50 and collapsed(well, 10**6) is None
+    flat = health_of(frames[:, :1] * torch.ones(64) + 0.01 * frames)
+    assert not is_collapsed(flat, 100) and "effective" in collapsed(flat, 600) and not is_collapsed(flat, 600, settle_steps=900)
+    stuck = health_of(frames, logits=torch.eye(64)[[5]].expand(900, -1), codes=codes)
+    assert "one code" in collapsed(stuck, 600)
+    sick = health_of(frames.masked_fill(frames > 3, float("nan")))
+    assert "NaN" in collapsed(sick, 1)
+
+
+def test_narrow_encoders_are_not_called_dead():
+    assert not is_collapsed(health_of(torch.randn(500, 8, generator=seeded())), 1000)
