@@ -188,8 +188,8 @@ def state_bytes(config: EncoderConfig, seconds: float) -> int | None: # None whe
     "What all mixers together must remember of the past, after `seconds` of audio."
     encoder = build_encoder(config, seed=0)
     frames = int(round(seconds / encoder.frame_seconds))
-    sizes = [block.mixer.state_bytes(frames) for block in encoder.blocks if block.mixer.streams and config.causal]
-    return sum(sizes) if len(sizes) == len(encoder.blocks) else None
+    sizes = [block.mixer.state_bytes(frames) for block in encoder.blocks]
+    return None if None in sizes else sum(sizes)
 
 # %% ../../nbs/eval/71_cost.ipynb #289d896e
 def deployment_cost(
