@@ -107,7 +107,7 @@ def measure_deployment(
         peak = lambda c: peak_bytes(lambda: deployment_call(build(c), s, precision)()) - floor
         memory.append([[peak(c) for c in configs] for _ in range(memory_repeats)])
     encoders = [build(c) for c in configs]
-    times = [interleaved([deployment_call(e, s, precision) for e in encoders], repeats=repeats) for s in seconds]
+    times = [interleaved([deployment_call(e, s, precision) for e in encoders], repeats=repeats, fill=0.4 if repeats > 2 else 0) for s in seconds]
     return {"times": times, "memory": memory, "idle": floor}
 
 
@@ -128,7 +128,7 @@ def measure_training(
 
     floor = spread([peak_bytes(idle) for _ in range(3)])[0]
     memory = [[peak_bytes(lambda: two_steps(c)) - floor for c in configs] for _ in range(memory_repeats)]
-    times = interleaved([training_call(c, batch, seconds, precision) for c in configs], repeats=repeats, warmup=3, fill=2.0)
+    times = interleaved([training_call(c, batch, seconds, precision) for c in configs], repeats=repeats, warmup=3, fill=2.0 if repeats > 2 else 0)
     return {"times": times, "memory": memory, "idle": floor}
 
 # %% ../../nbs/eval/71_cost.ipynb #a7e608a0
