@@ -73,7 +73,7 @@ def count_macs(
     return counter.get_total_flops() / 2
 
 # %% ../../nbs/mixers/20_base.ipynb #839ff849
-BUDGET = 2**25  # numbers in one repeated batch, counting about sixteen activations for each input
+BUDGET = 2**24  # numbers in one repeated batch, counting about sixteen activations for each input
 
 
 def influence(
@@ -179,7 +179,7 @@ class Mixer(nn.Module):
 
     def macs(self, T: int) -> float: # multiply-accumulates of one utterance of T frames
         "Count one forward pass (matrix products, convolutions, attention, FFT) without running it."
-        twin = copy.deepcopy(self).to("meta")
+        twin = copy.deepcopy(self).to("meta", torch.float32)
         return count_macs(lambda: twin(torch.empty(1, T, self.dim, device="meta")))
 
     def state_bytes(self, T: int) -> int | None: # bytes of one float32 stream; None where the mixer does not stream
@@ -187,5 +187,5 @@ class Mixer(nn.Module):
         if not (self.causal and self.streams):
             return None
         twin = copy.deepcopy(self).to("meta", torch.float32)
-        _, state = twin.step(torch.empty(1, T, self.dim, device="meta"), twin.init_state(1))
+        _, state = twin.step(torch.empty(1, T, self.dim, device="meta"), twin.init_state(1, device="meta"))
         return sum(s.numel() * s.element_size() for s in state.values())
