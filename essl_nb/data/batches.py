@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAME_SECONDS', 'Item', 'Batch', 'Piece', 'draw', 'shuffled', 'cut_clip', 'row_of', 'fill', 'Batches', 'Stream',
-           'PackedBatches', 'BucketBatches']
+           'packed_plan', 'PackedBatches', 'divide', 'BucketBatches']
 
 # %% ../../nbs/data/07_batches.ipynb #985e730a
 from collections.abc import Iterator
@@ -186,6 +186,26 @@ class Stream:
         return pieces
 
 # %% ../../nbs/data/07_batches.ipynb #a9dc72c7
+def packed_plan(
+    stream: Stream,
+    chunk: int, # frames
+    rows: int, # chunks to a batch
+    reshape: tuple, # chunks are split into one of these many rows
+    multiple: int, # the stream is rolled by a multiple of this many frames
+    generator: torch.Generator,
+) -> list: # of batches, of rows, of Piece
+    "One epoch of packed batches."
+    roll = int(torch.randint(stream.total // multiple, (), generator=generator)) * multiple
+    chunks = shuffled(list(range(stream.total // chunk)), generator)
+    plan = []
+    for b in range(len(chunks) // rows):
+        way = reshape[int(torch.randint(len(reshape), (), generator=generator))]
+        width = chunk // way
+        starts = [roll + c * chunk + w * width for c in chunks[b * rows : (b + 1) * rows] for w in range(way)]
+        plan.append([stream(start, width) for start in starts])
+    return plan
+
+# %% ../../nbs/data/07_batches.ipynb #ac792f20
 class PackedBatches(Batches):
     "Chunks of equal length cut from a stream of clips, without padding."
 
@@ -215,18 +235,22 @@ class PackedBatches(Batches):
 
     def make_plan(self, epoch: int) -> list:
         "Roll, cut, shuffle, reshape."
-        g, n = draw(self.seed, "chunks", epoch), self.rows
-        roll = int(torch.randint(self.frames // self.multiple, (), generator=g)) * self.multiple
-        chunks = shuffled(list(range(self.frames // self.chunk)), g)
-        ways = [self.reshape[i] for i in torch.randint(len(self.reshape), (self.count,), generator=g).tolist()]
-        find, plan = Stream(self.items, self.multiple, draw(self.seed, "stream", epoch)), []
-        for b, way in enumerate(ways):
-            width = self.chunk // way
-            starts = [roll + c * self.chunk + w * width for c in chunks[b * n : (b + 1) * n] for w in range(way)]
-            plan.append([find(start, width) for start in starts])
-        return plan
+        stream = Stream(self.items, self.multiple, draw(self.seed, "stream", epoch))
+        return packed_plan(stream, self.chunk, self.rows, self.reshape, self.multiple, draw(self.seed, "chunks", epoch))
 
 # %% ../../nbs/data/07_batches.ipynb #51c12e33
+def divide(
+    pieces: list, # of Piece, sorted by length
+    buckets: int, # how many
+) -> list: # of lists of Piece, none of them empty
+    "Buckets with about equal sums of frames."
+    total, done, made = sum(p.frames for p in pieces), 0, [[] for _ in range(buckets)]
+    for p in pieces:
+        made[min(buckets - 1, done * buckets // total)].append(p)
+        done += p.frames
+    return [b for b in made if b]
+
+# %% ../../nbs/data/07_batches.ipynb #09f459e1
 class BucketBatches(Batches):
     "Whole clips of similar length, padded to the longest."
 
@@ -248,20 +272,12 @@ class BucketBatches(Batches):
         pieces = [p for i, x in enumerate(items) for p in cut_clip(i, len(x.mel), longest, self.multiple) if len(x.mel)]
         if not pieces:
             raise EsslError(f"All {len(items)} clips are shorter than a frame of {FRAME_SECONDS} s; give longer ones.")
-        self.buckets = self.divide(sorted(pieces, key=lambda p: p.frames), buckets)
+        self.buckets = divide(sorted(pieces, key=lambda p: p.frames), buckets)
         self.sizes = [max(1, self.most // max(p.frames for p in b)) for b in self.buckets]  # rows to a batch
         self.count = sum(-(-len(b) // n) for b, n in zip(self.buckets, self.sizes))
 
     def __len__(self):
         return self.count
-
-    def divide(self, pieces: list, buckets: int) -> list: # of lists of Piece
-        "Buckets with about equal sums of frames."
-        total, done, made = sum(p.frames for p in pieces), 0, [[] for _ in range(buckets)]
-        for p in pieces:
-            made[min(buckets - 1, done * buckets // total)].append(p)
-            done += p.frames
-        return [b for b in made if b]
 
     def make_plan(self, epoch: int) -> list:
         "Shuffle within the buckets, group, shuffle the batches."

@@ -89,11 +89,6 @@ class Features:
         "The clips, in the order of the file."
         return list(self.lengths)
 
-    @property
-    def seconds(self) -> float:
-        "Seconds of sound in all."
-        return len(self.frames) * self.spec.frame_seconds
-
     def __contains__(self, id):
         return id in self.lengths
 
