@@ -26,6 +26,7 @@ from fastcore.basics import patch
 from fastcore.script import call_parse, store_true
 from tqdm.auto import tqdm
 
+import essl_nb
 from ..core.config import from_json, to_json
 from ..core.files import append_line, atomic_write, read_lines, write_json
 from ..core.fresh import run_fresh
@@ -119,7 +120,7 @@ def sole_owner(folder: Path):
 # %% ../../nbs/study/80_study.ipynb #e4d7affd
 def revision() -> str | None:
     "The git revision of the package, with a + where files differ from it; None outside a repository."
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(essl_nb.__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno", "."], capture_output=True, text=True).stdout.strip()
@@ -208,7 +209,9 @@ class Work:
         self.ready = {c.key for c in study.cells("run") if c.key in self.known and study.has_weights(c, self.known)}
         self.running, self.failed, self.done = {}, [], 0  # running: future -> (cell, start)
         self.guess = Estimates(self.known.values())
-        self.bar = tqdm(total=len(self.cells), initial=len(self.cells) - len(self.todo), unit="fact", disable=not progress)
+        shape = "{percentage:3.0f}% |{bar:24}| {n_fmt} of {total_fmt} facts, {elapsed} gone{postfix}"
+        self.bar = tqdm(total=len(self.cells), initial=len(self.cells) - len(self.todo), bar_format=shape, disable=not progress)
+        self.told, self.pause = -1e9, 1 if sys.stderr.isatty() else 60  # seconds between two estimates: a log file needs fewer
 
 # %% ../../nbs/study/80_study.ipynb #a40197a1
 @patch
@@ -225,7 +228,9 @@ def through(self: Work, jobs: int) -> Outcome:
         while self.start_some(pool, jobs):
             for future in wait(self.running, timeout=1, return_when=FIRST_COMPLETED).done:
                 self.keep(future)
-            self.bar.set_postfix_str(f"about {in_words(self.left(jobs))} left")
+            if time.monotonic() - self.told > self.pause:
+                self.told = time.monotonic()
+                self.bar.set_postfix_str(f"about {in_words(self.left(jobs))} left")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         self.bar.close()
