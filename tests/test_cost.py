@@ -128,6 +128,15 @@ def test_the_command_writes_a_training_card(tmp_path, capsys):
     assert "training card" in said and str(out) in said
 
 
+def test_the_command_reads_a_saved_encoder(tmp_path):
+    config = tiny(BASE)
+    build_encoder(config, seed=0).save(tmp_path)
+    assert cost.cost_config(str(tmp_path), dim=999, depth=9, causal=True) == config
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(EsslError, match="is not JSON"):
+        cost.cost_config(str(tmp_path), 1, 1, False)
+
+
 def test_the_command_answers_in_one_sentence(tmp_path):
     for kw, part in [(dict(mixer="no-such"), "There is no mixer called"), (dict(mixer=BASE, what="all"), "training, deployment or both"),
                      (dict(mixer=BASE, threads=0), "whole number from 1"), (dict(mixer=BASE, what="deployment", seconds="1,two"), "durations")]:

@@ -329,5 +329,8 @@ def cost_config(mixer: str, dim: int, depth: int, causal: bool) -> EncoderConfig
     "The configuration of a saved encoder, or of a fresh one. Raises EsslError."
     saved = Path(mixer) / "config.json"
     if saved.is_file():
-        return from_json(EncoderConfig, json.loads(saved.read_text(encoding="utf-8")))
+        try:
+            return from_json(EncoderConfig, json.loads(saved.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as e:
+            raise EsslError(f"{saved} is not JSON ({e}); copy or make the checkpoint again.") from e
     return EncoderConfig(mixer, dim=dim, depth=depth, causal=causal)
