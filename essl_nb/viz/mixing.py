@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INFLUENCE', 'SCALES', 'FLOOR_DB', 'MixingMap', 'mixer_at', 'mixer_input', 'along_the_diagonal', 'own_maps',
-           'influence_map', 'reach', 'finding', 'in_decibels', 'map_trace', 'mixing_figure']
+           'map_kinds', 'influence_map', 'reach', 'finding', 'in_decibels', 'map_trace', 'mixing_figure']
 
 # %% ../../nbs/viz/86_mixing.ipynb #59475f50
 from dataclasses import dataclass
@@ -59,7 +59,8 @@ def mixer_input(
 ) -> Tensor: # (1,T,D)
     "What the mixer of `layer` is given on a clip."
     mel, lengths = log_mel(wav[None], torch.tensor([len(wav)]))
-    return encoder.mixer_inputs(mel, lengths)[layer - 1].detach()
+    inputs, _ = encoder.mixer_inputs(mel, lengths)
+    return inputs[layer - 1]
 
 # %% ../../nbs/viz/86_mixing.ipynb #aaf95b5f
 def along_the_diagonal(
@@ -87,6 +88,17 @@ def own_maps(
             found[name if len(heads) == 1 else f"{name}, mean of {len(heads)} heads"] = heads.mean(0)
             found |= {f"{name}, head {i + 1}": h for i, h in enumerate(heads)} if len(heads) > 1 else {}
     return found
+
+# %% ../../nbs/viz/86_mixing.ipynb #ffcc563c
+def map_kinds(
+    encoder, # an Encoder
+    layer: int, # 1 … depth
+) -> list: # names, "influence" first
+    "The kinds of map that a layer can show."
+    mixer = mixer_at(encoder, layer)
+    dim = encoder.config.dim
+    with torch.no_grad():
+        return [INFLUENCE, *own_maps(mixer, torch.zeros(1, 8, dim))]
 
 # %% ../../nbs/viz/86_mixing.ipynb #6dd0d73f
 def influence_map(
