@@ -272,9 +272,9 @@ def usable(
         except Skip as e:
             bad.append(str(e))
     if not made:
-        raise EsslError(f"No sound in {where} can be used; give files of {', '.join(SUFFIXES)}. What was found: {listing(bad) or 'nothing'}")
+        raise EsslError(f"No sound in {where} can be used; give files of {', '.join(SUFFIXES)}. What was found: {listing(bad, ' ') or 'nothing'}")
     if bad:
-        warnings.warn(f"{len(bad)} of {len(rows)} clips of {where} are left out: {listing(bad)}", stacklevel=4)
+        warnings.warn(f"{len(bad)} of {len(rows)} clips of {where} are left out: {listing(bad, ' ')}", stacklevel=4)
     return made
 
 # %% ../../nbs/data/06_corpus.ipynb #868b72dc

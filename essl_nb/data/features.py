@@ -98,11 +98,12 @@ class Features:
 # %% ../../nbs/data/08_features.ipynb #60919a9a
 def listing(
     names: list, # of strings
+    joint: str = ", ", # what to put between them
     most: int = 20, # how many to print
 ) -> str:
     "The names, and how many more there are."
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    return joint.join(map(str, names[:most])) + more
 
 
 class RunningSpread:
@@ -161,7 +162,7 @@ def compute_features(
                 lengths.append(len(mel))
                 out.write(mel.tobytes())
         if bad:
-            raise EsslError(f"{len(bad)} of {len(clips)} files cannot be used; remove or mend them: {listing(bad)}")
+            raise EsslError(f"{len(bad)} of {len(clips)} files cannot be used; remove or mend them: {listing(bad, ' ')}")
     index = dict(spec=asdict(spec), ids=[c[0] for c in clips], lengths=lengths, **spread.result())
     write_json(path.with_suffix(".json"), index)
     if silent:
