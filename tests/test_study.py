@@ -65,12 +65,11 @@ def tiny_grid(clips="bundled", names=(FIRST, SECOND), **changes):
 
 # ---- the real thing: fresh processes, kill -9, resume -----------------------------------------------------------
 
-COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'essl_study'; from essl_nb.study.study import essl_study; essl_study()"]
-
-
 def start(grid, folder):
+    command = folder.parent / "essl_study"
+    command.write_text("from essl_nb.study.study import essl_study\n\nessl_study()\n")
     with open(folder.parent / f"{folder.name}.log", "ab") as log:
-        return subprocess.Popen([*COMMAND, str(grid), "--folder", str(folder)], stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, str(command), str(grid), "--folder", str(folder)], stdout=log, stderr=log)
 
 
 def said(folder):

@@ -107,6 +107,19 @@ def anywhere(value):
     return nbformat.from_dict({k: anywhere(v) for k, v in value.items()}) if isinstance(value, dict) else value
 
 
+def joined(outputs):
+    "Outputs without stderr, neighbouring prints as one (how a kernel parts them is chance)."
+    kept = []
+    for o in outputs:
+        if o.output_type == "stream" and o.name == "stderr":
+            continue
+        if kept and o.output_type == kept[-1].output_type == "stream":
+            kept[-1]["text"] += o["text"]
+        else:
+            kept.append(o)
+    return [anywhere(o) for o in kept]
+
+
 def run(path):
     from nbclient import NotebookClient
 
@@ -116,7 +129,7 @@ def run(path):
     NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     for c in nb.cells:
         if c.cell_type == "code":
-            c["outputs"] = [anywhere(o) for o in c["outputs"] if not (o.output_type == "stream" and o.name == "stderr")]
+            c["outputs"] = joined(c["outputs"])
     save(nb, path)
 
 
