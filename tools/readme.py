@@ -95,7 +95,8 @@ def draw(data, path):
     import plotly.graph_objects as go
 
     fig = go.Figure({k: data[k] for k in ("data", "layout")})
-    svg = fig.to_image(format="svg", width=820, height=460).decode()
+    fig.update_layout(paper_bgcolor="white", plot_bgcolor="white")  # a page may be dark
+    svg = fig.to_image(format="svg", width=820, height=fig.layout.height or 460).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{svg.rstrip()}\n<!-- figure {figure_hash(data)} -->\n", encoding="utf-8")
 
