@@ -282,8 +282,9 @@ def listen_tab(desk: Desk) -> dict: # name -> component, "view" and "draw" among
             yield keep(), fault(f"The explorer itself failed: {type(e).__name__}: {e}. Choose something else; the page is alive.")
             raise
 
-    def after(event, **more):
-        event.then(draw, asked, [c["view"], c["fault"]], js=busy, concurrency_id="maps", concurrency_limit=2, trigger_mode="always_last", **quiet, **more)
+    def after(event): # an event, or the trigger of one
+        event = getattr(event, "then", event)
+        event(draw, asked, [c["view"], c["fault"]], js=busy, concurrency_id="maps", concurrency_limit=2, trigger_mode="always_last", **quiet)
 
     c["draw"], c["after"] = draw, after
     return wire_listen(desk, c, asked, quiet, after)
@@ -324,7 +325,7 @@ def wire_listen(desk: Desk, c: dict, asked: list, quiet: dict, after) -> dict: #
     then_sound(c["own"].change(on_own, c["own"], c["fault"], **quiet))
     after(c["first"].input(on_encoder, [c["first"], c["layer"], c["kind"]], [c["layer"], c["kind"]], **quiet))
     for name in ("second", "layer", "kind", "scale", "start"):
-        after(c[name].input(lambda: None, None, None, **quiet))
+        after(c[name].input)
     c["open"] = lambda app: after(app.load(on_open, [c["first"], c["layer"], c["kind"]], [c["language"], c["voice"], c["clip"], c["layer"], c["kind"]], **quiet))
     c["on_encoder"] = on_encoder
     return c

@@ -18,21 +18,25 @@ def theme():
                           font_mono=["ui-monospace", "Consolas", "Liberation Mono", "monospace"],
                           spacing_size="sm", radius_size="sm", text_size="md")
     return base.set(
-        body_background_fill="#ffffff", body_background_fill_dark="#161616", block_background_fill="*body_background_fill",
+        body_background_fill="#ffffff", body_background_fill_dark="#161616", block_background_fill="*body_background_fill", block_background_fill_dark="*body_background_fill", border_color_primary="#8a8a8a", border_color_primary_dark="#6f6f6f",
         block_border_width="0px", block_shadow="none", block_padding="0px", layout_gap="12px", form_gap_width="0px",
         block_label_text_weight="500", block_title_text_weight="500", block_title_text_size="*text_sm",
-        input_background_fill="#ffffff", input_background_fill_dark="#1f1f1f", input_border_color="#8a8a8a", input_border_color_dark="#6f6f6f",
+        input_border_width="1px", input_padding="8px", block_title_text_color="*body_text_color", checkbox_label_border_width="1px", checkbox_label_background_fill="transparent",
+        checkbox_label_background_fill_dark="transparent", checkbox_label_border_color="#8a8a8a", checkbox_label_border_color_dark="#6f6f6f", input_background_fill="#ffffff", input_background_fill_dark="#1f1f1f", input_border_color="#8a8a8a", input_border_color_dark="#6f6f6f",
         button_primary_background_fill="#222222", button_primary_background_fill_dark="#e6e6e6", button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#161616", slider_color="#444444", slider_color_dark="#cfcfcf",
     )
 
 # %% ../../nbs/app/93_look.ipynb #d6ed1b59
 FRAME = """
-.gradio-container {max-width: 1680px !important; padding: 0 24px 24px !important; margin: 0 auto;}
+.gradio-container {max-width: none !important; padding: 0 !important;}
+.gradio-container main, .gradio-container main.fillable {max-width: 1680px !important; width: 100% !important; padding: 0 24px 24px !important; margin: 0 auto !important;}
+.gradio-container [hidden] {display: none !important;}
 .gradio-container .prose h1, .gradio-container .prose h2 {margin: 0; font-weight: 600;}
 footer {display: none !important;}
-#essl-head {display: flex; align-items: baseline; gap: 16px; padding: 12px 0 4px;}
-.essl-head {display: flex; align-items: baseline; gap: 8px 16px; flex-wrap: wrap;}
+#essl-head {padding: 12px 0 4px;}
+#essl-head, #essl-head .prose {width: 100%;}
+.essl-head {display: flex; width: 100%; align-items: baseline; gap: 8px 16px; flex-wrap: wrap;}
 .essl-head b {font-size: 16px;}
 .essl-head span {opacity: .75;}
 .essl-head button {margin-left: auto;}
@@ -42,6 +46,12 @@ footer {display: none !important;}
 .essl-rail {border: 0 !important; padding: 0 !important; background: none !important;}
 .essl-question h2 {font-size: 20px; font-weight: 600; margin: 8px 0 0;}
 .essl-rail .block {overflow: visible;}
+.essl-rail .form, .essl-answer .form, .essl-rail .column {gap: 12px !important; background: none !important; border: 0 !important; box-shadow: none !important;}
+.essl-bench input[role=combobox] {text-overflow: ellipsis; padding-right: 28px !important;}
+.essl-bench [data-testid=block-info] {margin-bottom: 4px; display: inline-block;}
+.tabitem {padding: 8px 0 !important; border: 0 !important;}
+button[role=tab] {color: inherit !important; font-weight: 400;}
+button[role=tab][aria-selected=true] {font-weight: 600;}
 .essl-note {font-size: 13px; opacity: .85; margin: 0;}
 .essl-fault {border-left: 4px solid #D55E00; padding: 8px 12px; margin: 0; background: rgba(213, 94, 0, .1); overflow-wrap: anywhere;}
 :focus-visible {outline: 3px solid #0072B2 !important; outline-offset: 2px !important;}
@@ -76,16 +86,17 @@ FIGURES = """
 .essl-frame output {font-variant-numeric: tabular-nums; min-width: 6ch; text-align: right;}
 .essl-readout {font-size: 13px; min-height: 1.4em; margin: 0 0 8px; font-variant-numeric: tabular-nums;}
 .essl-busy {font-size: 13px; min-height: 20px; margin: 0 0 8px;}
+#compare-view .essl-busy:empty {display: none;}
 .essl-view.waiting .essl-panels {opacity: .45; transition: opacity .2s .15s;}
 """
 
 # %% ../../nbs/app/93_look.ipynb #987219f1
 CARD = """
-.essl-card table {border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums;}
+.essl-card table {border-collapse: collapse; border: 0 !important; width: 100%; margin: 0 0 8px !important; font-size: 13px; font-variant-numeric: tabular-nums;}
 .essl-card caption {text-align: left; font-weight: 600; padding: 8px 0 4px;}
-.essl-card th {text-align: left; font-weight: 400; padding: 3px 12px 3px 0; opacity: .85; vertical-align: top;}
-.essl-card td {text-align: right; padding: 3px 0; white-space: nowrap;}
-.essl-card tr {border-top: 1px solid rgba(128, 128, 128, .25);}
+.essl-card th {text-align: left; font-weight: 400 !important; padding: 4px 12px 4px 0 !important; border: 0 !important; vertical-align: top;}
+.essl-card td {text-align: right; padding: 4px 0 !important; border: 0 !important; white-space: nowrap; vertical-align: top;}
+.essl-card tr {border: 0; border-top: 1px solid rgba(128, 128, 128, .3) !important;}
 .essl-card h3 {font-size: 16px; font-weight: 600; margin: 0;}
 .essl-answer {display: grid !important; grid-template-columns: minmax(0, 1fr) 320px; gap: 24px !important; align-items: start;}
 .essl-answer > * {min-width: 0 !important; width: 100%;}
@@ -93,10 +104,11 @@ CARD = """
 NARROW = """
 @media (max-width: 1180px) {.essl-answer {grid-template-columns: minmax(0, 1fr);} .essl-panels.two {grid-template-columns: minmax(0, 1fr);}}
 @media (max-width: 860px) {
-  .gradio-container {padding: 0 12px 16px !important;}
+  .gradio-container main, .gradio-container main.fillable {padding: 0 12px 16px !important;}
   .essl-bench {grid-template-columns: minmax(0, 1fr); gap: 16px !important;}
   .essl-rail > .label-wrap {display: flex; border: 1px solid #8a8a8a; border-radius: 4px; padding: 8px 12px; margin-bottom: 8px;}
   .essl-said {font-size: 18px;}
+  .essl-head span {display: none;}
 }
 @media (prefers-reduced-motion: reduce) {* {transition: none !important; animation: none !important;}}
 """

@@ -30,6 +30,11 @@ E.save = (name, text) => {
 };
 E.dark = () => document.body.classList.contains('dark');
 E.toggle = () => { document.body.classList.toggle('dark'); };
+E.fold = () => {
+  if (window.innerWidth <= 860) for (const b of document.querySelectorAll('.essl-rail > .label-wrap:not([data-folded])')) { b.dataset.folded = '1'; b.click(); }
+};
+new MutationObserver(E.fold).observe(document.documentElement, {childList: true, subtree: true});
+E.lighter = (c, by) => '#' + [1, 3, 5].map(i => Math.round(parseInt(c.slice(i, i + 2), 16) * (1 - by) + 255 * by).toString(16).padStart(2, '0')).join('');
 E.clip = (v, low, high) => Math.min(Math.max(v, low), high);
 E.busy = (name, text) => {
   const view = E.views[name];
@@ -40,17 +45,29 @@ E.busy = (name, text) => {
 
 # %% ../../nbs/app/94_page.ipynb #278b1c47
 PAINT = r"""
+E.inkFor = (data, ink) => data.forEach(t => {
+  if (!t.meta || t.meta.role !== 'point') return;
+  t.marker.line.color = ink;
+  if (E.dark()) { t.textfont.color = E.lighter(t.textfont.color, .35); t.marker.color = E.lighter(t.marker.color, .15); }
+});
+E.narrow = (layout, data) => {
+  Object.assign(layout.margin, {l: Math.min(layout.margin.l, 46), r: Math.min(layout.margin.r, 40)});
+  for (const axis of [layout.xaxis, layout.yaxis]) if (axis.title && axis.title.text) axis.title.text = axis.title.text.replace('  (', '<br>(');
+  if (layout.meta && layout.meta.rows) { layout.margin.l = 40; layout.yaxis.title.text = layout.yaxis2.title.text = ''; for (const t of data) if (t.meta && t.meta.role === 'mel') t.showscale = false; }
+  else { layout.margin.b += 16; layout.margin.l += 12; layout.margin.r = 12; }
+};
 E.paint = (div, figure) => {
-  const layout = structuredClone(figure.layout), ink = E.dark() ? '#e6e6e6' : '#222', width = div.clientWidth || 600, narrow = width < 560;
+  const data = structuredClone(figure.data), layout = structuredClone(figure.layout), ink = E.dark() ? '#e6e6e6' : '#222', width = div.clientWidth || 600, narrow = width < 560;
   layout.paper_bgcolor = 'rgba(0,0,0,0)';
   layout.font = {...layout.font, color: ink, size: narrow ? 11 : 13};
   delete layout.title;
   layout.height -= layout.margin.t - 8;
-  layout.margin = {...layout.margin, t: 8, l: narrow ? 50 : layout.margin.l, r: narrow ? Math.min(layout.margin.r, 48) : layout.margin.r};
-  layout.width = width;
+  layout.margin.t = 8; layout.width = width;
+  E.inkFor(data, ink);
+  if (narrow) E.narrow(layout, data);
   if (div.dataset.still) layout.hovermode = false;
   div.figure = figure; div.paintedWidth = width;
-  return Plotly.react(div, structuredClone(figure.data), layout, {displayModeBar: false}).then(() => { E.fitLabels(div); div.dispatchEvent(new Event('painted')); });
+  return Plotly.react(div, data, layout, {displayModeBar: false}).then(() => { E.fitLabels(div); div.dispatchEvent(new Event('painted')); });
 };
 E.fitLabels = div => {
   const at = div.data ? div.data.findIndex(t => t.meta && t.meta.role === 'phone-labels') : -1;
@@ -117,11 +134,11 @@ E.light = (p, t) => {
   c.width = l.width * r; c.height = l.height * r; c.style.width = l.width + 'px'; c.style.height = l.height + 'px';
   const g = c.getContext('2d'), x = l.xaxis, mel = E.row(p, 'mel'), map = E.row(p, 'below0'), wave = E.row(p, 'wave');
   const {dt, start} = p.data, row = E.rowOf(p, t), peak = row.reduce((a, b) => Math.max(a, b), 1e-30);
-  const px = s => x._offset + E.clip(x.l2p(s), 0, x._length), lit = v => E.clip(1 + 20 * Math.log10(Math.max(v / peak, 1e-9)) / 30, 0, 1);
+  const px = s => x._offset + E.clip(x.l2p(s), 0, x._length), lit = v => E.clip(1 + 20 * Math.log10(Math.max(v / peak, 1e-9)) / 40, 0, 1);
   g.scale(r, r);
   row.forEach((v, s) => {
     const a = px(start + (s - .5) * dt), b = px(start + (s + .5) * dt);
-    g.fillStyle = `rgba(0,0,0,${.86 * (1 - lit(v))})`; g.fillRect(a, mel._offset, b - a + .3, mel._length);
+    g.fillStyle = `rgba(0,0,0,${.85 * (1 - lit(v))})`; g.fillRect(a, mel._offset, b - a + .3, mel._length);
   });
   g.strokeStyle = '#fff'; g.lineWidth = 1.5; g.beginPath();
   row.forEach((v, s) => g.lineTo(px(start + s * dt), mel._offset + mel._length * (1 - .45 * lit(v)) - 1));
@@ -138,10 +155,11 @@ E.light = (p, t) => {
 FRAME = r"""
 E.say = (p, t, s) => {
   const {dt, start, T} = p.data, row = E.rowOf(p, t), total = row.reduce((a, b) => a + b, 0) || 1, here = E.clip(Math.round((t - start) / dt), 0, T - 1);
+  const strip = (p.data.figure.data.find(d => d.meta && d.meta.role === 'phones') || {customdata: []}).customdata.find(d => d[1] <= t && t < d[2]);
   let near = 0, sum = row[here];
   while (sum < .5 * total && near < T) { near += 1; sum += (row[here - near] || 0) + (row[here + near] || 0); }
   const best = row.indexOf(row.reduce((a, b) => Math.max(a, b), -1)), share = i => (100 * row[i] / total).toFixed(1) + ' %';
-  let text = `Frame at ${t.toFixed(2)} s: half of what moves it lies within ±${(near * dt * 1000).toFixed(0)} ms; the strongest is at ${(start + best * dt).toFixed(2)} s (${share(best)})`;
+  let text = `Frame at ${t.toFixed(2)} s${strip ? `, phone ${strip[0]}` : ''}: half of what moves it lies within ±${(near * dt * 1000).toFixed(0)} ms; the strongest is at ${(start + best * dt).toFixed(2)} s (${share(best)})`;
   const i = s === null || s === undefined ? -1 : Math.round((s - start) / dt);
   if (i >= 0 && i < T) text += `; at ${s.toFixed(2)} s ${share(i)}`;
   p.readout.textContent = text + '.';
@@ -239,7 +257,7 @@ SCRIPT = "(() => {" + TOOLS + PAINT + PANEL + LIGHT + FRAME + LISTEN + COMPARE +
 
 def head() -> str: # HTML for the page's head
     "The scripts of the page: plotly.js from the Python package, and the explorer's own."
-    return f'<meta name="viewport" content="width=device-width, initial-scale=1"><script src="gradio_api/file={PLOTLY_JS.as_posix()}"></script><script>{SCRIPT}</script>'
+    return f'<meta name="viewport" content="width=device-width, initial-scale=1"><script defer src="gradio_api/file={PLOTLY_JS.as_posix()}"></script><script>{SCRIPT}</script>'
 
 
 def starter(view: str) -> str: # JavaScript for a component's `js_on_load`
@@ -249,7 +267,7 @@ def starter(view: str) -> str: # JavaScript for a component's `js_on_load`
 # %% ../../nbs/app/94_page.ipynb #1d3cc329
 LISTEN_HTML = """<section class="essl-view" aria-label="Mixing map">
 <p class="essl-said"></p><p class="essl-about"></p>
-<div class="essl-frame" hidden><label for="essl-frame">Output frame: point at the figure, or move this slider with the arrow keys; its light shows the frames that moved it</label>
+<div class="essl-frame" hidden><label for="essl-frame">Output frame: point at the figure, or use the arrow keys here; what moved it is lit</label>
 <button type="button" class="essl-button essl-play">Play</button><input type="range" id="essl-frame" min="0" max="1" step="0.02"><output for="essl-frame"></output></div>
 <p class="essl-busy" role="status">Reading the corpus and taking the first map…</p><div class="essl-panels"></div></section>"""
 COMPARE_HTML = """<section class="essl-view" aria-label="Accuracy against cost"><p class="essl-busy" role="status">Reading the study…</p>

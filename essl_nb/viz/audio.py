@@ -68,7 +68,7 @@ def mel_trace(
     top = float(z.max()) if z.size else 0.0
     return go.Heatmap(
         z=z, x0=start, dx=frame_seconds, colorscale="Magma", zmin=top - span_db, zmax=top, meta=dict(role="mel"), name="log-mel",
-        colorbar=dict(title=dict(text="dB", side="top"), thickness=8, outlinewidth=0, nticks=4),
+        colorbar=dict(title=dict(text="dB", side="top", font=dict(size=11)), tickfont=dict(size=11), thickness=8, outlinewidth=0, nticks=4),
         hovertemplate="%{x:.2f} s, band %{y}: %{z:.0f} dB<extra></extra>",
     )
 

@@ -180,7 +180,7 @@ def map_trace(
     return go.Heatmap(
         z=in_decibels(mixing.values, scale), x0=start, dx=mixing.frame_seconds, y0=start, dy=mixing.frame_seconds * mixing.step,
         colorscale="Viridis", zmin=FLOOR_DB, zmax=0, meta=dict(role="map", frame_seconds=mixing.frame_seconds, step=mixing.step), name=mixing.kind,
-        colorbar=dict(title=dict(text="dB", side="top"), thickness=8, outlinewidth=0, nticks=5),
+        colorbar=dict(title=dict(text="dB", side="top", font=dict(size=11)), tickfont=dict(size=11), thickness=8, outlinewidth=0, nticks=5),
         hovertemplate="output %{y:.2f} s looks at %{x:.2f} s: %{z:.1f} dB<extra></extra>",
     )
 

@@ -30,7 +30,7 @@ def staircase(
     return tuple(zip(*corners)) if corners else ((), ())
 
 # %% ../../nbs/viz/87_pareto.ipynb #f8bb9e8d
-PLACES = {"middle right": (1, 0), "middle left": (-1, 0), "top right": (1, 1), "bottom right": (1, -1), "top left": (-1, 1), "bottom left": (-1, -1)}
+PLACES = {"top right": (1, 1), "top left": (-1, 1), "bottom right": (1, -1), "middle right": (1, 0), "middle left": (-1, 0), "bottom left": (-1, -1)}
 
 
 def label_places(
@@ -44,7 +44,7 @@ def label_places(
     "A free place beside each point for its label, found greedily."
     x, y, taken, places = np.asarray(x), np.asarray(y), [], []
     for i, text in enumerate(labels):
-        best = (np.inf, "middle right", None)
+        best = (np.inf, "top right", None)
         for rank, (place, (dx, dy)) in enumerate(PLACES.items()):
             w = width * len(str(text)) + 0.02
             left, low = x[i] + (0.01 if dx > 0 else -w - 0.01), y[i] + dy * height - height / 2
@@ -92,7 +92,7 @@ def point_trace(
     if low in row and np.isfinite(row[low]):
         spans = dict(error_y=dict(type="data", symmetric=False, array=[row[high] - row[y]], arrayminus=[row[y] - row[low]], thickness=1.5, width=5, color=colour))
     return go.Scatter(
-        x=[row[x]], y=[row[y]], mode="markers+text", text=[f"  {row['label']}  "], textposition=place, opacity=opacity, name=row["label"],
+        x=[row[x]], y=[row[y]], mode="markers+text", text=[f" {row['label']} "], textposition=place, opacity=opacity, name=row["label"],
         marker=dict(color=colour, symbol=family_shape(row["family"]), size=16 if chosen else 12, line=dict(width=2.5 if chosen else 0, color="#222")),
         customdata=[row["label"]], hovertemplate=hover, textfont=dict(color=colour, size=13), cliponaxis=False, meta=dict(role="point", chosen=chosen), **spans,
     )

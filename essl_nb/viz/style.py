@@ -60,5 +60,5 @@ def plain(
     )
     if title:
         fig.update_layout(title=dict(text=title, x=0, xref="container", xanchor="left", pad=dict(l=12), font=dict(size=15)))
-    lines = dict(showline=True, linecolor=GRID, gridcolor=GRID, zeroline=False, ticks="outside", ticklen=4, tickcolor=GRID, title_standoff=8)
+    lines = dict(showline=True, linecolor=GRID, gridcolor=GRID, zeroline=False, ticks="outside", ticklen=4, tickcolor=GRID, title_standoff=8, title_font=dict(size=13))
     return fig.update_xaxes(**lines).update_yaxes(**lines)

@@ -1,0 +1,352 @@
+"""The explorer in a real browser: pick, upload, switch, click, and the keyboard's way; nothing leaves loopback, nothing is said on the console."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from essl_nb.app.clips import UNKNOWN, Visits, clip_choices, own_sound
+from essl_nb.app.explorer import create_app
+from essl_nb.core.files import append_line
+from essl_nb.core.registry import EsslError
+from essl_nb.eval.intervals import bootstrap_interval, ratio
+from essl_nb.mixers.base import list_mixers, mixers
+from essl_nb.models.encoder import EncoderConfig, build_encoder
+
+NO_BROWSER = "no Chromium: apt-get install chromium, or set ESSL_CHROMIUM"
+FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync "
+         "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream").split()
+PATIENCE = 120_000  # ms; a loaded machine is slow
+
+
+# ---- a made-up study, for looking at the page only --------------------------------------------------------------
+
+def make_study(folder: Path, seeds=3, utterances=20) -> Path:
+    "Rows and encoders in the form of a study; the numbers are dice and no result."
+    dice, names = np.random.default_rng(0), list_mixers()
+    for place, name in enumerate(names):
+        config, family = EncoderConfig(mixer=name, dim=32, depth=2), mixers.get(name).meta["family"]
+        build_encoder(config, seed=0).save(folder / "encoders" / name)
+        who = dict(encoder=name, mixer=name, family=family, objective="dice")
+        for seed in range(seeds):
+            for state, chance in (("pretrained", 0.2 + 0.03 * place), ("untrained", 0.1)):
+                for probe, span in (("first question", 200), ("second question", None)):
+                    units = [[int(dice.binomial(100, np.clip(chance + dice.normal() / 50, 0, 1))), 100] for _ in range(utterances)]
+                    low, high = bootstrap_interval(units)
+                    value = dict(probe="masked_phones" if span else "phones", metric="accuracy", value=ratio(units), low=low, high=high, n=utterances, count=100 * utterances,
+                                 units=units, unit_ids_hash="dice", head="linear", labels="all", split="test", settings=dict(span_ms=span), also=[])
+                    what = dict(**who, seed=seed, state=state, probe=probe, call=value["probe"], kw={})
+                    append_line(folder / "rows.jsonl", dict(key=f"{name}{seed}{state}{probe}", kind="score", what=what, value=value, made=dict(seconds=1.0)))
+        cost = dict(card="deployment", parameters=10**6 * (place + 1), disk_bytes_fp32=4 * 10**6 * (place + 1), rtf=0.01 * (place + 1), latency_s=0.1 * (place + 1),
+                    peak_bytes=2**20 * 20 * (place + 1), macs_per_second=10**8 * (len(names) - place))
+        append_line(folder / "rows.jsonl", dict(key=f"{name}cost", kind="cost", what=dict(encoder=name, mixer=name, family=family, card="deployment"), value=cost, made=dict(seconds=1.0)))
+    units = [[15, 100]] * utterances
+    value = dict(probe="masked_phones", metric="accuracy", value=0.15, low=0.15, high=0.15, n=utterances, count=100 * utterances, units=units, unit_ids_hash="dice", head="linear",
+                 labels="all", split="test", settings=dict(span_ms=200), also=[])
+    what = dict(encoder="some features", mixer=None, family="none", objective=None, seed=None, state="baseline", probe="first question", call="masked_phones", kw={})
+    append_line(folder / "rows.jsonl", dict(key="base", kind="score", what=what, value=value, made=dict(seconds=1.0)))
+    return folder
+
+
+# ---- without a browser ------------------------------------------------------------------------------------------
+
+def test_create_app_starts_nothing_and_keeps_to_itself():
+    app = create_app()
+    assert not app.is_running
+    settings = app.launch.keywords
+    assert settings["server_name"] == "127.0.0.1" and settings["share"] is False and settings["max_file_size"] == "25mb"
+    assert app.analytics_enabled is False and app.delete_cache
+
+
+def test_a_study_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(EsslError, match="nowhere"):
+        create_app(results=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name, write, words", [
+    ("empty.wav", lambda p: p.write_bytes(b""), "empty"),
+    ("letter.wav", lambda p: p.write_text("Dear Sir or Madam"), "not audio"),
+    ("silent.wav", lambda p: soundfile.write(p, np.zeros(16000), 16000), "silent"),
+    ("short.wav", lambda p: soundfile.write(p, np.ones(800) / 2, 16000), "0.05 s"),
+    ("hour.wav", lambda p: soundfile.write(p, np.zeros(8000 * 3600, dtype="int16"), 8000, subtype="PCM_U8"), "60 minutes"),
+], ids=lambda v: v if isinstance(v, str) and "." in v else "")
+def test_bad_uploads_get_one_sentence(tmp_path, name, write, words):
+    write(tmp_path / name)
+    with pytest.raises(EsslError) as e:
+        own_sound(tmp_path / name)
+    text = str(e.value)
+    assert words in text and str(tmp_path) not in text and text.count(". ") <= 1, text
+
+
+def test_other_rates_and_channels_are_taken(tmp_path):
+    t = np.arange(96000) / 96000
+    soundfile.write(tmp_path / "wide.wav", np.stack([np.sin(2 * np.pi * 440 * t), np.sin(2 * np.pi * 220 * t)], 1) / 2, 96000)
+    soundfile.write(tmp_path / "narrow.wav", np.sin(2 * np.pi * 440 * t[:8000]) / 2, 8000)
+    assert abs(own_sound(tmp_path / "wide.wav").seconds - 1) < 0.01 and abs(own_sound(tmp_path / "narrow.wav").seconds - 1) < 0.01
+
+
+def test_visits_are_apart_bounded_and_leave_nothing(tmp_path):
+    visits, files = Visits(most=2), [tmp_path / n / "mine.wav" for n in "abc"]
+    for name, path in zip("abc", files):
+        path.parent.mkdir()
+        soundfile.write(path, np.sin(np.arange(16000) / 9) / 2, 16000)
+        visits.of(name).sound = own_sound(path)
+        visits.of(name).files.append(str(path))
+    assert not files[0].exists() and files[1].exists(), "the oldest visit makes room"
+    visits.end("b")
+    assert not files[1].exists() and visits.of("b").sound is None and visits.of("c").sound is not None
+
+
+def test_a_corpus_that_says_nothing_can_be_chosen_from(tmp_path):
+    from essl_nb.data.corpus import load_corpus
+
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", np.sin(np.arange(16000 + i) / 9) / 2, 16000)
+    assert len(clip_choices(load_corpus(tmp_path), UNKNOWN, UNKNOWN, "all")) == 3
+
+
+# ---- in a browser -----------------------------------------------------------------------------------------------
+
+def chromium() -> str | None:
+    "Where a Chromium is."
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return os.environ.get("ESSL_CHROMIUM") or next((found for n in names if (found := shutil.which(n))), None)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def address(study):
+    "A running explorer, started by its command."
+    if chromium() is None:
+        pytest.skip(NO_BROWSER)
+    start = f"from essl_nb.app.explorer import essl_explore; essl_explore(port=7900, results={str(study)!r}, no_browser=True)"
+    server = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    try:
+        lines = []
+        for line in server.stdout:
+            lines.append(line)
+            if found := re.findall(r"http://\S+", line):
+                assert found == [f for f in found if f.startswith("http://127.0.0.1:")] and len(found) == 1, line
+                yield found[0]
+                break
+        else:
+            pytest.fail("the explorer did not start:\n" + "".join(lines))
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if chromium() is None:
+        pytest.skip(NO_BROWSER)
+    sync = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    with sync.sync_playwright() as p:
+        yield p.chromium.launch(executable_path=chromium(), args=FLAGS)
+
+
+@pytest.fixture(scope="module")
+def wide(browser, address):
+    yield from opened(browser, address, 1440)
+
+
+def opened(browser, address, width, **more):
+    "A page with a map on it; at the end it must have been silent and have asked nobody else."
+    said, asked = [], []
+    page = browser.new_page(viewport=dict(width=width, height=900), **more)
+    page.set_default_timeout(PATIENCE)
+    page.on("console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: said.append(str(e)))
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(address)
+    settled(page)
+    yield page
+    page.close()
+    outside = [u for u in asked if not u.startswith((address, address.replace("http:", "ws:"), "data:", "blob:"))]
+    assert not outside, outside
+    assert not said, said
+
+
+def settled(page, condition="true"):
+    "Wait until the Listen tab shows what was asked and no work is going on."
+    page.wait_for_function(f"() => {{ const v = window.essl && essl.views.listen; return v && v.payload && !v.root.classList.contains('waiting') && !v.busy.textContent && ({condition}); }}")
+
+
+def choose(page, name: str, text: str):
+    "Pick from a dropdown as the keyboard does."
+    page.click(f"#{name} input")
+    page.fill(f"#{name} input", text)
+    page.keyboard.press("Enter")
+
+
+def listen(page):
+    page.click("button[role=tab]:has-text('Listen')")
+
+
+def view(page, expression: str):
+    return page.evaluate(f"() => {{ const v = essl.views.listen, d = v.payload; return {expression}; }}")
+
+
+def test_first_paint_is_real(wide):
+    listen(wide)
+    assert view(wide, "d.panels.length") == 1 and wide.locator("#listen-view canvas.essl-light").is_visible()
+    assert view(wide, "d.panels[0].step") == 1 and view(wide, "d.seconds") > 1
+    assert wide.locator(".essl-said").inner_text().startswith("“")
+
+
+def test_pick_a_clip_by_language_and_voice(wide):
+    listen(wide)
+    before = view(wide, "d.sound")
+    choose(wide, "language", "fr")
+    settled(wide, f"v.payload.sound !== '{before}'")
+    assert "language fr" in wide.locator(".essl-about").inner_text()
+    now = view(wide, "d.sound")
+    wide.click("#clip input")
+    wide.keyboard.press("ArrowDown")
+    wide.keyboard.press("Enter")
+    settled(wide, f"v.payload.sound !== '{now}'")
+
+
+def test_switch_encoder_and_layer_and_see_two(wide):
+    listen(wide)
+    names = list_mixers()
+    choose(wide, "encoder", f"{names[1]}, pre-trained")
+    settled(wide, f"v.payload.panels[0].title.startsWith('{names[1]}, pre-trained · layer 1 of 2')")
+    start = time.monotonic()
+    wide.click("#layer label:has-text('2')")
+    settled(wide, "v.payload.panels[0].title.includes('layer 2')")
+    print(f"layer to full map: {time.monotonic() - start:.2f} s")
+    choose(wide, "second", f"{names[0]}, untrained")
+    settled(wide, "v.payload.panels.length === 2")
+    first, second = (wide.locator(".essl-panel").nth(i).bounding_box() for i in (0, 1))
+    assert abs(first["y"] - second["y"]) < 2 and second["x"] > first["x"], "two encoders stand side by side"
+    choose(wide, "second", "none")
+    settled(wide, "v.payload.panels.length === 1")
+
+
+def test_own_maps_of_a_mixer_can_be_chosen(wide):
+    listen(wide)
+    name = next(n for n in list_mixers() if mixers.get(n).meta["family"] == "attention")
+    choose(wide, "encoder", f"{name}, pre-trained")
+    settled(wide, f"v.payload.panels[0].title.startsWith('{name}, pre-trained')")
+    wide.click("#kind input")
+    wide.keyboard.press("ArrowDown")
+    wide.keyboard.press("Enter")
+    settled(wide, "v.payload.panels[0].kind !== 'influence'")
+    choose(wide, "kind", "influence")
+    settled(wide, "v.payload.panels[0].kind === 'influence'")
+
+
+def test_a_frame_is_chosen_by_pointer_and_by_keyboard(wide):
+    listen(wide)
+    wide.locator("#essl-frame").focus()
+    before = view(wide, "v.t")
+    wide.keyboard.press("ArrowRight")
+    assert abs(view(wide, "v.t") - before - view(wide, "d.panels[0].dt")) < 1e-3
+    box = wide.locator(".essl-panel .essl-plot").first.bounding_box()
+    wide.mouse.move(box["x"] + box["width"] / 2, box["y"] + 80)
+    middle = view(wide, "v.t")
+    wide.mouse.move(box["x"] + box["width"] / 4, box["y"] + 80)
+    assert view(wide, "v.t") < middle
+    assert f"Frame at {view(wide, 'v.t'):.2f} s" in wide.locator(".essl-readout").first.inner_text()
+    lit = wide.evaluate("() => { const c = document.querySelector('canvas.essl-light'); return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0); }")
+    assert lit, "the light is drawn over the spectrogram"
+
+
+def test_numbers_and_code(wide):
+    listen(wide)
+    with wide.expect_download() as download:
+        wide.click("#listen-view .essl-panel:visible button:has-text('the numbers')")
+    lines = Path(download.value.path()).read_text().splitlines()
+    T = view(wide, "d.panels[0].T")
+    assert lines[0].startswith("output_s,input_s,") and len(lines) == T * T + 1
+    wide.click("#listen-view .essl-panel:visible summary")
+    code = wide.locator("#listen-view pre:visible").inner_text().splitlines()
+    assert len(code) == 3 and "influence_map" in code[2]
+    wide.click("#listen-view .essl-panel:visible summary")
+
+
+def test_upload_good_and_bad(wide, tmp_path):
+    listen(wide)
+    (tmp_path / "letter.wav").write_text("Dear Sir or Madam, this is no sound at all.")
+    t = np.arange(3 * 44100) / 44100
+    soundfile.write(tmp_path / "chirp.wav", np.sin(2 * np.pi * (200 + 300 * t) * t) / 2, 44100)
+    soundfile.write(tmp_path / "long.flac", np.sin(2 * np.pi * 300 * np.arange(25 * 16000) / 16000) / 2, 16000)
+    wide.click("label:has-text('your own')")
+    wide.wait_for_selector("#own input[type=file]", state="attached")
+    wide.set_input_files("#own input[type=file]", tmp_path / "letter.wav")
+    wide.wait_for_selector("#listen-fault .essl-fault")
+    assert "letter.wav" in wide.locator("#listen-fault").inner_text() and wide.locator("#listen-view canvas").first.is_visible()
+    for name, seconds in (("chirp.wav", 3), ("long.flac", 10)):
+        if wide.locator("#own button[aria-label=Clear]").count():
+            wide.click("#own button[aria-label=Clear]")
+        wide.wait_for_selector("#own input[type=file]", state="attached")
+        wide.set_input_files("#own input[type=file]", tmp_path / name)
+        settled(wide, f"v.payload.said && v.payload.said.startsWith('{name}')")
+        assert abs(view(wide, "d.seconds") - seconds) < 0.05 and not wide.locator("#listen-fault .essl-fault").count()
+    assert wide.locator("#start").is_visible() and "hears no more" in wide.locator(".essl-caption").first.inner_text()
+    wide.click("label:has-text('a clip of the corpus')")
+    settled(wide, "!v.payload.said.startsWith('long.flac')")
+
+
+def test_compare_click_card_budget_and_listen(wide, study):
+    wide.click("button[role=tab]:has-text('Compare')")
+    wide.wait_for_selector("#compare-view .essl-view[data-shown]")
+    names = list_mixers()
+    point = wide.evaluate("""name => { const d = essl.views.compare.div, t = d.data.find(t => t.name === name), l = d._fullLayout, b = d.getBoundingClientRect();
+        return [b.x + l.xaxis._offset + l.xaxis.d2p(t.x[0]), b.y + l.yaxis._offset + l.yaxis.d2p(t.y[0])]; }""", names[1])
+    wide.mouse.move(*point)
+    wide.mouse.click(*point)
+    wide.wait_for_selector(f"#card h3:has-text('{names[1]}')")
+    assert "[" in wide.locator("#card table").last.inner_text()
+    wide.fill("#budget-disk_bytes_fp32 input, #budget-disk_bytes_fp32 textarea", "9")
+    wide.keyboard.press("Enter")
+    wide.wait_for_selector(".essl-finding:has-text('inside this budget')")
+    faded = wide.evaluate("() => essl.views.compare.div.data.filter(t => t.meta && t.meta.role === 'point' && t.opacity < 1).length")
+    assert faded == len(names) - 2
+    wide.fill("#budget-disk_bytes_fp32 input, #budget-disk_bytes_fp32 textarea", "nine")
+    wide.wait_for_selector("#compare-fault .essl-fault:has-text('no number')")
+    wide.fill("#budget-disk_bytes_fp32 input, #budget-disk_bytes_fp32 textarea", "")
+    wide.wait_for_selector(".essl-finding:has-text('on the front')")
+    choose(wide, "chosen", names[2])
+    wide.wait_for_selector(f"#card h3:has-text('{names[2]}')")
+    wide.click("#listen-to-it")
+    settled(wide, f"v.payload.panels[0].title.startsWith('{names[2]}, pre-trained')")
+    assert wide.locator("#listen-view").is_visible()
+
+
+def test_narrow_dark_and_by_keyboard(browser, address):
+    for page in opened(browser, address, 390, color_scheme="dark"):
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.locator("#language").count() == 0 or not page.locator("#language").is_visible(), "the rail is folded"
+        page.focus("button[role=tab]:has-text('Listen')")
+        page.keyboard.press("ArrowRight") if page.evaluate("document.activeElement.getAttribute('role')") == "tab" else None
+        page.click("button[role=tab]:has-text('Compare')")
+        page.wait_for_selector("#compare-view .essl-view[data-shown]")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.focus("#chosen input")
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#card table")
+
+
+def test_every_control_has_a_name(wide):
+    for tab in ("Listen", "Compare"):
+        wide.click(f"button[role=tab]:has-text('{tab}')")
+        nameless = wide.evaluate("""() => [...document.querySelectorAll('main input, main button, main select, main textarea')].filter(e => e.offsetParent && !(e.getAttribute('aria-label')
+            || e.labels && e.labels.length || e.textContent.trim() || e.title || e.getAttribute('aria-labelledby') || e.type === 'file')).map(e => e.outerHTML.slice(0, 120))""")
+        assert not nameless, nameless
+
+
+if __name__ == "__main__":  # python tests/test_app.py FOLDER: a study to look at
+    print(make_study(Path(sys.argv[1])))
