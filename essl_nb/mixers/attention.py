@@ -30,7 +30,7 @@ def rotate(
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 # %% ../../nbs/mixers/21_attention.ipynb #4d11bec6
-@mixers.register("attention", family="attention", complexity="T^2", paper="1706.03762", tiny=dict(num_heads=2), grid=dict(num_heads=[2, 4, 8]))
+@mixers.register("attention", baseline=True, family="attention", complexity="T^2", paper="1706.03762", tiny=dict(num_heads=2), grid=dict(num_heads=[2, 4, 8]))
 class Attention(Mixer):
     "Fused multi-head softmax attention with rotary positions."
 

@@ -14,7 +14,7 @@ from ..core.shapes import zero_pads
 from .base import Mixer, mixers
 
 # %% ../../nbs/mixers/33_none.ipynb #6373b79a
-@mixers.register("none", family="none", complexity="T", paper="", tiny={})
+@mixers.register("none", control=True, family="none", complexity="T", paper="", tiny={})
 class NoMixing(Mixer):
     "Position-wise Linear, GELU, Linear: the control."
     needs_position = True
