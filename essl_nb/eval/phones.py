@@ -149,6 +149,8 @@ def phones(
     job, # what to probe
     steps: int | None = None, # of the head; 900 with all labels, 500 with ten minutes of them
     weight_decay: float | None = None, # of the head; 0 with all labels, 0.05 with ten minutes
+    lr: float | None = None, # of the head; its own by default
+    batch: int = 2048, # frames of a training step
     penalties: tuple = PENALTIES, # prices of a change of phone to choose from on valid
     part: str | None = None, # of the corpus; the one with the most phone labels by default
 ):
@@ -164,7 +166,7 @@ def phones(
     labels = torch.cat(list(labels_of(job, train, classes).values()))
     labelled = frames.only(labels >= 0)
     model = train_head(labelled, labels[labels >= 0], len(classes), head=job.head, steps=steps, weight_decay=weight_decay,
-        seed=job.seed, progress=job.progress, name="phones")
+        lr=lr, batch=batch, seed=job.seed, progress=job.progress, name="phones")
 
     logp = {}
     for split, utterances in {"valid": tune, job.split: score}.items():
@@ -212,6 +214,8 @@ def masked_phones(
     span_ms: int = 200, # milliseconds of a hidden span: 100, 200 or 400 in the studies
     share: float = 0.4, # of the input to hide
     steps: int = 600, # of the head
+    lr: float | None = None, # of the head; its own by default
+    batch: int = 2048, # frames of a training step
     part: str | None = None, # of the corpus; the one with the most phone labels by default
 ):
     "Name the phones of hidden frames."
@@ -232,7 +236,8 @@ def masked_phones(
         return frames, torch.cat([labels[id][keep[id]] for id in keep]), hidden
 
     frames, labels, _ = read(train)
-    model = train_head(frames, labels, len(classes), head=job.head, steps=steps, seed=job.seed, progress=job.progress, name="masked phones")
+    model = train_head(frames, labels, len(classes), head=job.head, steps=steps, lr=lr, batch=batch,
+        seed=job.seed, progress=job.progress, name="masked phones")
     frames, labels, hidden = read(score)
     right = by_utterance(frames, posteriors(model, frames).argmax(-1) == labels)
     return job.score("accuracy", [[int(r.sum()), len(r)] for r in right], [u.id for u in score], len(labels), part=score[0].part,

@@ -44,6 +44,7 @@ class Score:
     seed: int = 0
     settings: dict = field(default_factory=dict, repr=False) # what else was chosen or found
     seconds: float = 0.0 # wall time
+    cpu_seconds: float = 0.0 # of this process, all threads
     also: tuple = field(default=(), repr=False) # further scores of the same run
 
     @property
@@ -129,7 +130,7 @@ def run_probe(
     **options, # the probe's own, such as span_ms
 ) -> Score:
     "Ask one question of a frozen encoder. Raises EsslError for unknown names and missing labels."
-    entry, begun = probes.get(probe), time.perf_counter()
+    entry, begun, busy = probes.get(probe), time.perf_counter(), time.process_time()
     head = choose("head", head, entry.meta.get("heads", ("linear",)), probe)
     labels = choose("labels", labels, entry.meta.get("labels", ("all",)), probe)
     choose("split", split, ("test", "valid"), probe)
@@ -152,8 +153,8 @@ def run_probe(
     score = entry.obj(Job(probe, source, corpus, head, labels, seed, split, progress), **options)
     if training:
         encoder.train()
-    seconds = round(time.perf_counter() - begun, 2)
-    return dataclasses.replace(score, seconds=seconds, also=tuple(dataclasses.replace(s, seconds=seconds) for s in score.also))
+    took = dict(seconds=round(time.perf_counter() - begun, 2), cpu_seconds=round(time.process_time() - busy, 2))
+    return dataclasses.replace(score, **took, also=tuple(dataclasses.replace(s, **took) for s in score.also))
 
 # %% ../../nbs/eval/70_probe.ipynb #902e6394
 heads = Registry("head")
@@ -277,4 +278,4 @@ def essl_probe(
             append_line(out, {"encoder": encoder, "corpus": corpus, **to_json(one)})
     except EsslError as e:
         raise SystemExit(f"essl_probe: {e}") from None
-    print(f"{score.seconds:.0f} s; appended to {out}")
+    print(f"{score.seconds:.0f} s ({score.cpu_seconds:.0f} s of CPU); appended to {out}")

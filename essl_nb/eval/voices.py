@@ -35,8 +35,8 @@ def train_draws(
     classes: int,
     *,
     steps: int = 150,
-    lr: float = 0.01,
-    weight_decay: float = 0.1,
+    lr: float = 0.03,
+    weight_decay: float = 1.0,
 ) -> tuple: # layer weights (R,L), linear layers (R,D,C), biases (R,1,C)
     "One weighted mixture and one linear layer for each draw."
     R, N, L, D = x.shape
