@@ -32,7 +32,7 @@ check:
 
 lab:
 	@sh tools/env.sh dev
-	@$(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorials
+	@$(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorials --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 export:
 	@sh tools/env.sh dev

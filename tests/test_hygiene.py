@@ -217,6 +217,26 @@ def test_no_mixer_is_named_outside_its_folder(path):
     assert not found, f"{path} names a mixer ({'; '.join(found)}); take it from list_mixers() or from the study's configuration"
 
 
+# ---- links ------------------------------------------------------------------------------------------------------
+
+def prose(path) -> str:
+    if path.suffix == ".md":
+        text = (ROOT / path).read_text(encoding="utf-8")
+    else:
+        text = "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S)
+
+
+PAGES = [p for p in (Path("README.md"), Path("CONTRIBUTING.md"), Path("docs/design.md"), Path("corpus/README.md")) if (ROOT / p).exists()]
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], **ids)
+def test_links_within_the_repository_lead_somewhere(path):
+    targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", prose(path))
+    broken = [t for t in targets if not re.match(r"\w+:", t) and not (ROOT / path).parent.joinpath(t).exists()]
+    assert not broken, f"{path} links to {', '.join(broken)}"
+
+
 # ---- what must not be in the repository -------------------------------------------------------------------------
 
 def tracked() -> list[Path]:

@@ -14,7 +14,7 @@ root() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
 apt() { DEBIAN_FRONTEND=noninteractive apt-get -qq "$@" >/dev/null 2>&1; }
 
 if [ "$want" = browser ]; then
-    for name in "${ESSL_BROWSER:-chromium}" chromium chromium-browser google-chrome; do
+    for name in "${ESSL_CHROMIUM:-chromium}" chromium chromium-browser google-chrome google-chrome-stable; do
         command -v "$name" >/dev/null 2>&1 && exit 0
     done
     if root; then
@@ -22,7 +22,7 @@ if [ "$want" = browser ]; then
         { apt update; apt install -y --no-install-recommends chromium; } ||
             say "chromium could not be installed; the tests of the page will be skipped"
     else
-        say "no browser here, so the tests of the page will be skipped; to have them: sudo apt-get install chromium"
+        say "no browser here, so the tests of the page will be skipped; to have them: sudo apt-get install chromium, or set ESSL_CHROMIUM"
     fi
     exit 0
 fi
