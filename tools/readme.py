@@ -81,7 +81,7 @@ def figure_title(data) -> str:
     "The figure's own title, without markup, for readers who do not see it."
     title = data.get("layout", {}).get("title", {})
     text = title.get("text", "") if isinstance(title, dict) else title
-    return re.sub(r"<[^>]+>", " ", text).replace("]", ")").strip() or "figure"
+    return re.sub(r"<[^>]+>", "", re.sub(r"<br */?>", ", ", text)).replace("]", ")").strip() or "figure"
 
 
 def drawn(path) -> str:
