@@ -165,7 +165,7 @@ def test_a_mixer_of_one_decorator_goes_through_a_study(clips, tmp_path):
         needs_position = False
 
         def __init__(self, dim, *, causal=False):
-            super().__init__()
+            super().__init__(dim, causal=causal)
             self.out = nn.Linear(dim, dim)
 
         def forward(self, x, mask=None):
