@@ -288,7 +288,8 @@ def compare_tab(study: StudyFile) -> dict: # name -> component, "open" among the
 
     answers = [c["view"], *picks, c["chosen"], c["listen"], c["card"], c["fault"]]
     for component in asked:
-        component.input(refresh, asked, answers, trigger_mode="always_last", **quiet)
+        changed = component.change if component in budgets else component.input
+        changed(refresh, asked, answers, trigger_mode="always_last", **quiet)
     c["view"].pick(pick, None, c["chosen"], **quiet).then(refresh, asked, answers, **quiet)
     c["open"] = lambda app: app.load(refresh, asked, answers, **quiet)
     return c

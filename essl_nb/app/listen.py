@@ -211,8 +211,9 @@ def listen_rail(desk: Desk) -> dict: # name -> component
             c["split"] = gr.Dropdown(SPLITS, value="test", label="Split", elem_id="split")
             c["clip"] = gr.Dropdown([], label="Clip", elem_id="clip")
         with gr.Column(visible=False) as c["own_box"]:
-            c["own"] = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Upload or record", elem_id="own", buttons=[])
-            gr.HTML('<p class="essl-note">wav, flac, ogg, opus or mp3, up to 10 minutes and 25 MB. Kept for this visit only, and shown to nobody else.</p>')
+            c["own"] = gr.File(type="filepath", label="A file: wav, flac, ogg, opus or mp3", height=120, elem_id="own", buttons=[])
+            c["record"] = gr.Audio(sources=["microphone"], type="filepath", label="Or a recording", elem_id="record", buttons=[], editable=False)
+            gr.HTML('<p class="essl-note">Up to 10 minutes and 25 MB; kept for this visit only, and shown to nobody else.</p>')
         c["fault"] = gr.HTML("", elem_id="listen-fault")
         c["start"] = gr.Slider(0, 1, value=0, step=0.5, label="The window begins at (s)", visible=False, elem_id="start")
         c["first"] = gr.Dropdown(encoders, value=encoders[0][1], label="Encoder", elem_id="encoder")
@@ -322,7 +323,8 @@ def wire_listen(desk: Desk, c: dict, asked: list, quiet: dict, after) -> dict: #
         then_sound(c[name].input(on_place, place, [c["voice"], c["clip"]], **quiet))
     after(c["clip"].input(on_sound, sound, c["start"], **quiet))
     then_sound(c["source"].input(on_source, c["source"], [c["corpus_box"], c["own_box"]], **quiet))
-    then_sound(c["own"].change(on_own, c["own"], c["fault"], **quiet))
+    for name in ("own", "record"):
+        then_sound(c[name].change(on_own, c[name], c["fault"], **quiet))
     after(c["first"].input(on_encoder, [c["first"], c["layer"], c["kind"]], [c["layer"], c["kind"]], **quiet))
     for name in ("second", "layer", "kind", "scale", "start"):
         after(c[name].input)

@@ -31,9 +31,12 @@ E.save = (name, text) => {
 E.dark = () => document.body.classList.contains('dark');
 E.toggle = () => { document.body.classList.toggle('dark'); };
 E.fold = () => {
-  if (window.innerWidth <= 860) for (const b of document.querySelectorAll('.essl-rail > .label-wrap:not([data-folded])')) { b.dataset.folded = '1'; b.click(); }
+  if (window.innerWidth > 860) return;
+  for (const b of document.querySelectorAll('.essl-rail > .label-wrap:not([data-folded])')) {
+    if (b.classList.contains('open')) { b.click(); setTimeout(E.fold, 200); } else b.dataset.folded = '1';
+  }
 };
-new MutationObserver(E.fold).observe(document.documentElement, {childList: true, subtree: true});
+new MutationObserver(() => { clearTimeout(E.folding); E.folding = setTimeout(E.fold, 60); }).observe(document.documentElement, {childList: true, subtree: true});
 E.lighter = (c, by) => '#' + [1, 3, 5].map(i => Math.round(parseInt(c.slice(i, i + 2), 16) * (1 - by) + 255 * by).toString(16).padStart(2, '0')).join('');
 E.clip = (v, low, high) => Math.min(Math.max(v, low), high);
 E.busy = (name, text) => {
@@ -166,8 +169,8 @@ E.say = (p, t, s) => {
 };
 E.setTime = (view, t, s) => {
   if (!view.payload || !view.payload.panels.length) return;
-  const {start, seconds} = view.payload;
-  view.t = E.clip(t, start, start + seconds);
+  const {start, seconds, panels} = view.payload, dt = panels[0].dt;
+  view.t = start + dt * E.clip(Math.round((t - start) / dt), 0, panels[0].T - 1);
   view.slider.value = view.t;
   view.slider.setAttribute('aria-valuetext', `${view.t.toFixed(2)} seconds`);
   view.out.textContent = `${view.t.toFixed(2)} s`;
@@ -177,7 +180,7 @@ E.play = view => {
   const a = view.audio;
   if (!a.src) return;
   if (!a.paused) return a.pause();
-  if (view.t >= view.payload.start + view.payload.seconds - .05 || a.ended) a.currentTime = 0;
+  if (view.t >= +view.slider.max - .05 || a.ended) a.currentTime = 0;
   else a.currentTime = Math.max(0, view.t - view.payload.start);
   const follow = () => { if (a.paused) return; E.setTime(view, view.payload.start + a.currentTime); requestAnimationFrame(follow); };
   a.play().then(follow, () => { view.busy.textContent = 'This browser could not play the clip.'; });
@@ -208,7 +211,7 @@ E.showListen = async (view, d) => {
   view.grid.classList.toggle('two', d.panels.length > 1);
   view.panels.forEach((p, i) => { p.root.hidden = i >= d.panels.length; });
   if (!d.panels.length) return;
-  Object.assign(view.slider, {min: d.start, max: d.start + d.seconds, step: d.panels[0].dt});
+  Object.assign(view.slider, {min: d.start, max: d.start + d.panels[0].dt * (d.panels[0].T - 1), step: d.panels[0].dt});
   if (fresh) view.t = d.start + .4 * d.seconds;
   await Promise.all(d.panels.map((data, i) => {
     const p = view.panels[i];
