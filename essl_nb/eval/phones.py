@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAUSES', 'PENALTIES', 'phone_part', 'phone_classes', 'in_split', 'few_labels', 'frame_labels', 'phone_sequence',
-           'viterbi', 'phone_errors', 'spoken', 'by_utterance', 'labels_of', 'phones', 'frame_units', 'hidden_frames',
+           'viterbi', 'phone_errors', 'spoken', 'by_utterance', 'labels_of', 'frame_units', 'phones', 'hidden_frames',
            'masked_phones']
 
 # %% ../../nbs/eval/74_phones.ipynb #177ff7f3
@@ -144,6 +144,16 @@ def labels_of(job, utterances, classes) -> dict: # id → (T,)
     return {u.id: frame_labels(u, sizes[u.id], job.source.frame_seconds, classes) for u in utterances}
 
 
+def frame_units(
+    guess: Tensor, # (T,) class numbers
+    truth: Tensor, # (T,) class numbers, -1 = no label
+    pause: int,
+) -> list: # correct, total
+    "Right frames among those that are labelled and not pause."
+    counts = (truth >= 0) & (truth != pause)
+    return [int((guess == truth)[counts].sum()), int(counts.sum())]
+
+# %% ../../nbs/eval/74_phones.ipynb #32982a88
 @probes.register("phones", needs="phones", labels=("all", "10min"), heads=("linear", "mlp"), metric="accuracy", better="higher")
 def phones(
     job, # what to probe
@@ -182,16 +192,6 @@ def phones(
         train_utterances=len(train), layer_weights=[round(w, 4) for w in model.mix.softmax(0).tolist()])
     per = job.score("per", errors, ids, sum(n for _, n in errors), penalty=penalty, **shared)
     return replace(job.score("accuracy", units, ids, sum(n for _, n in units), **shared), also=(per,))
-
-# %% ../../nbs/eval/74_phones.ipynb #1a93f9f6
-def frame_units(
-    guess: Tensor, # (T,) class numbers
-    truth: Tensor, # (T,) class numbers, -1 = no label
-    pause: int,
-) -> list: # correct, total
-    "Right frames among those that are labelled and not pause."
-    counts = (truth >= 0) & (truth != pause)
-    return [int((guess == truth)[counts].sum()), int(counts.sum())]
 
 # %% ../../nbs/eval/74_phones.ipynb #e033bbcd
 def hidden_frames(
