@@ -264,12 +264,13 @@ def cost_table(
         mine = table.setdefault(row.encoder, dict(encoder=row.encoder, mixer=row.mixer, family=row.family))
         if row.kind == "run":
             mine.setdefault("minutes", []).append(row.train_seconds / 60)
-            mine["parameters"] = row.parameters
+            mine["parameters"], mine["steps"] = row.parameters, row.steps
         else:
             own = {k: v for k, v in row.dropna().items() if isinstance(v, (int, float, np.number)) and k not in ("seed", "dim", "depth", "causal", "made_seconds")}
             mine |= {("" if k.startswith(("parameters", "disk")) else f"{row.card}_") + k: v for k, v in own.items()}
     for mine in table.values():
-        mine["pretrain_minutes"] = float(np.mean(mine.pop("minutes"))) if "minutes" in mine else np.nan
+        minutes, step = mine.pop("minutes", [np.nan]), mine.get("training_step_s", np.nan)
+        mine["pretrain_minutes"] = mine.get("steps", np.nan) * step / 60 if step == step else float(np.mean(minutes))
     return pd.DataFrame(table.values())
 
 # %% ../../nbs/study/81_results.ipynb #4f353e02
