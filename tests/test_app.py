@@ -165,7 +165,7 @@ def opened(browser, address, width, **more):
     said, asked = [], []
     page = browser.new_page(viewport=dict(width=width, height=900), **more)
     page.set_default_timeout(PATIENCE)
-    page.on("console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda e: said.append(str(e)))
     page.on("request", lambda r: asked.append(r.url))
     page.goto(address)

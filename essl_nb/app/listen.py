@@ -26,7 +26,7 @@ from ..viz.style import family_colour
 
 # %% ../../nbs/app/91_listen.ipynb #67e59ea8
 WINDOW = 10.0  # seconds shown at once, at most
-QUICK = 40_000  # rows × frames of a first map
+QUICK = 20_000  # rows × frames of a first map
 
 
 class Look(NamedTuple):
@@ -184,6 +184,8 @@ class Desk:
             encoders = [self.shelf.get(look.encoder) for look in looks]
             maps = [take_map(look, e, self.maps, own, quick) for look, e in zip(looks, encoders)]
             panels = [panel(look, self.shelf, m, e) for look, m, e in zip(looks, maps, encoders)]
+            if len(panels) == 2 and maps[0].kind == maps[1].kind and maps[0].step == maps[1].step:
+                panels[1]["caption"] = "The same clip and window, read in the same way as the first map; its colours have their own peaks."
             coarse = any(m.step > 1 for m in maps)
             note = "A first, coarse map; the full one is on its way." if coarse else ""
             yield listen_message(looks, panels, audio=quick, note=note)

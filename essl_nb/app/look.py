@@ -30,7 +30,8 @@ def theme():
 # %% ../../nbs/app/93_look.ipynb #d6ed1b59
 FRAME = """
 .gradio-container {max-width: none !important; padding: 0 !important;}
-.gradio-container main, .gradio-container main.fillable {max-width: 1680px !important; width: 100% !important; padding: 0 24px 24px !important; margin: 0 auto !important;}
+.gradio-container .main.fillable {max-width: 1680px !important; width: 100% !important; padding: 0 24px 24px !important; margin: 0 auto !important;}
+.gradio-container main.contain {padding: 0 !important;}
 .gradio-container [hidden] {display: none !important;}
 .gradio-container .prose h1, .gradio-container .prose h2 {margin: 0; font-weight: 600;}
 footer {display: none !important;}
@@ -49,6 +50,8 @@ footer {display: none !important;}
 .essl-rail .form, .essl-answer .form, .essl-rail .column {gap: 12px !important; background: none !important; border: 0 !important; box-shadow: none !important;}
 .essl-bench input[role=combobox] {text-overflow: ellipsis; padding-right: 28px !important;}
 .essl-bench [data-testid=block-info] {margin-bottom: 4px; display: inline-block;}
+.essl-rail #own, .essl-rail #record {border: 1px solid #8a8a8a !important; border-radius: 4px; padding: 4px 8px !important;}
+.essl-rail [data-testid=block-label] {position: static !important; border: 0 !important; background: none !important; padding: 0 !important; color: inherit; width: 100%;}
 .tabitem {padding: 8px 0 !important; border: 0 !important;}
 button[role=tab] {color: inherit !important; font-weight: 400;}
 button[role=tab][aria-selected=true] {font-weight: 600;}
@@ -66,6 +69,7 @@ FIGURES = """
 .essl-panels {display: grid; grid-template-columns: minmax(0, 1fr); gap: 24px;}
 .essl-panels.two {grid-template-columns: repeat(2, minmax(0, 1fr));}
 .essl-panel {min-width: 0;}
+.essl-panels.two .essl-panel {display: grid; grid-template-rows: subgrid; grid-template-columns: minmax(0, 1fr); grid-row: span 6; row-gap: 0;}
 .essl-panel h3 {font-size: 16px; font-weight: 600; margin: 0 0 2px;}
 .essl-panel h3 i {display: inline-block; width: 10px; height: 10px; margin-right: 8px;}
 .essl-finding {margin: 0 0 8px;}
@@ -104,7 +108,7 @@ CARD = """
 NARROW = """
 @media (max-width: 1180px) {.essl-answer {grid-template-columns: minmax(0, 1fr);} .essl-panels.two {grid-template-columns: minmax(0, 1fr);}}
 @media (max-width: 860px) {
-  .gradio-container main, .gradio-container main.fillable {padding: 0 12px 16px !important;}
+  .gradio-container .main.fillable {padding: 0 12px 16px !important;}
   .essl-bench {grid-template-columns: minmax(0, 1fr); gap: 16px !important;}
   .essl-rail > .label-wrap {display: flex; border: 1px solid #8a8a8a; border-radius: 4px; padding: 8px 12px; margin-bottom: 8px;}
   .essl-said {font-size: 18px;}

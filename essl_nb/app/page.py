@@ -48,11 +48,16 @@ E.busy = (name, text) => {
 
 # %% ../../nbs/app/94_page.ipynb #278b1c47
 PAINT = r"""
-E.inkFor = (data, ink) => data.forEach(t => {
-  if (!t.meta || t.meta.role !== 'point') return;
-  t.marker.line.color = ink;
-  if (E.dark()) { t.textfont.color = E.lighter(t.textfont.color, .35); t.marker.color = E.lighter(t.marker.color, .15); }
-});
+E.inkFor = (data, layout, ink) => {
+  for (const t of data) {
+    const role = t.meta && t.meta.role;
+    if (role === 'point') t.marker.line.color = ink;
+    if (!E.dark() || !['point', 'untrained'].includes(role)) continue;
+    t.marker.color = E.lighter(t.marker.color, .2);
+    if (t.textfont) t.textfont.color = E.lighter(t.textfont.color, .35);
+  }
+  if (E.dark()) for (const a of layout.annotations || []) a.font.color = '#b5b5b5';
+};
 E.narrow = (layout, data) => {
   Object.assign(layout.margin, {l: Math.min(layout.margin.l, 46), r: Math.min(layout.margin.r, 40)});
   for (const axis of [layout.xaxis, layout.yaxis]) if (axis.title && axis.title.text) axis.title.text = axis.title.text.replace('  (', '<br>(');
@@ -66,11 +71,11 @@ E.paint = (div, figure) => {
   delete layout.title;
   layout.height -= layout.margin.t - 8;
   layout.margin.t = 8; layout.width = width;
-  E.inkFor(data, ink);
+  E.inkFor(data, layout, ink);
   if (narrow) E.narrow(layout, data);
   if (div.dataset.still) layout.hovermode = false;
   div.figure = figure; div.paintedWidth = width;
-  return Plotly.react(div, data, layout, {displayModeBar: false}).then(() => { E.fitLabels(div); div.dispatchEvent(new Event('painted')); });
+  return Plotly.react(div, data, layout, {displayModeBar: false}).then(() => { E.fitLabels(div); E.placeLabels(div); div.dispatchEvent(new Event('painted')); });
 };
 E.fitLabels = div => {
   const at = div.data ? div.data.findIndex(t => t.meta && t.meta.role === 'phone-labels') : -1;
@@ -82,6 +87,29 @@ E.fitLabels = div => {
 E.watchRoom = div => {
   new ResizeObserver(() => { if (div.figure && div.clientWidth && div.clientWidth !== div.paintedWidth) E.paint(div, div.figure); }).observe(div);
   new MutationObserver(() => div.figure && E.paint(div, div.figure)).observe(document.body, {attributeFilter: ['class']});
+};
+E.placeLabels = div => {
+  const l = div._fullLayout, x = l.xaxis, y = l.yaxis, boxes = [], places = {}, size = div.data.some(t => t.textfont) ? 13 : 0;
+  const at = (a, v) => a.d2p ? a.d2p(v) : a.l2p(v), meets = (a, b) => a[0] < b[1] && b[0] < a[1] && a[2] < b[3] && b[2] < a[3];
+  div._fullData.forEach((t, i) => {
+    const role = t.meta && t.meta.role;
+    if (role !== 'point' && role !== 'untrained') return;
+    Array.from(t.x).forEach((v, k) => { const a = at(x, v), b = at(y, t.y[k]); boxes.push([a - 7, a + 7, b - 7, b + 7]); });
+    if (t.error_y && t.error_y.array) { const a = at(x, t.x[0]); boxes.push([a - 4, a + 4, at(y, t.y[0] + t.error_y.array[0]), at(y, t.y[0] - t.error_y.arrayminus[0])]); }
+  });
+  const ways = [['top right', 1, -1], ['top left', -1, -1], ['bottom right', 1, 1], ['bottom left', -1, 1], ['middle right', 1, 0], ['middle left', -1, 0]];
+  div.data.forEach((t, i) => {
+    if (!t.meta || t.meta.role !== 'point') return;
+    const a = at(x, t.x[0]), b = at(y, t.y[0]), w = 7.2 * t.text[0].length;
+    const tried = ways.map(([name, dx, dy], rank) => {
+      const box = [dx > 0 ? a + 8 : a - 8 - w, dx > 0 ? a + 8 + w : a - 8, b + 14 * dy - size / 2, b + 14 * dy + size / 2];
+      const out = box[0] < -10 || box[1] > x._length + 20 || box[2] < 0 || box[3] > y._length;
+      return [boxes.filter(o => meets(box, o)).length + 3 * out + rank / 100, name, box];
+    }).sort((p, q) => p[0] - q[0])[0];
+    boxes.push(tried[2]); places[i] = tried[1];
+  });
+  const which = Object.keys(places).map(Number);
+  if (which.length) Plotly.restyle(div, {textposition: which.map(i => places[i])}, which);
 };
 E.tools = (panel, csv, name, code) => {
   const row = E.make('div', 'essl-tools'), more = E.make('details');
