@@ -126,7 +126,7 @@ def run(path):
     os.environ |= {"PLOTLY_RENDERER": "plotly_mimetype", "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     path = path.resolve()
     nb = nbformat.read(path, as_version=4)
-    NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(nb, timeout=1800, resources={"metadata": {"path": str(path.parent)}}).execute()
     for c in nb.cells:
         if c.cell_type == "code":
             c["outputs"] = joined(c["outputs"])
