@@ -22,7 +22,7 @@ from essl_nb.models.encoder import EncoderConfig, build_encoder
 NO_BROWSER = "no Chromium: apt-get install chromium, or set ESSL_CHROMIUM"
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync "
          "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream").split()
-PATIENCE = 120_000  # ms; a loaded machine is slow
+PATIENCE = 240_000  # ms; a loaded machine is slow
 
 
 # ---- a made-up study, for looking at the page only --------------------------------------------------------------
