@@ -11,6 +11,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMB
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[name] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["ESSL_QUICK"] = "1"  # tutorials train for a few steps only
 os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
 # Everything in the cache is named by its content and written atomically, so runs and workers may share it.
