@@ -43,9 +43,10 @@ def encoder_macs(
     (mel, lengths), features = counted(front.features, torch.zeros(1, N), torch.full((1,), N))
     (x, _), stem = counted(front, mel.to("meta"), lengths.to("meta"))
     parts = {"features": features, "frontend": stem, "mixer": 0, "rest": 0}
+    carry = None
     for block in encoder.blocks:
-        _, mixing = counted(block.mixer, block.mixer_input(x), None)
-        x, whole = counted(block, x, None)
+        _, mixing = counted(block.mixer.mix, x, None, carry)
+        (x, carry), whole = counted(block, x, None, carry)
         parts["mixer"] += mixing
         parts["rest"] += whole - mixing
     return {"frames": x.shape[1], **parts, "total": sum(parts.values())}
@@ -76,8 +77,9 @@ def training_macs(
     def forward_and_backward():
         with torch.enable_grad():
             x, _ = encoder.frontend(mel, lengths)
+            carry = None
             for block in encoder.blocks:
-                x = block(x, None)
+                x, carry = block(x, None, carry)
             head(x).sum().backward()
 
     return counted(forward_and_backward)[1]

@@ -109,8 +109,8 @@ def influence(
 # %% ../../nbs/mixers/20_base.ipynb #e72c033d
 class Map(NamedTuple):
     "A mixer's natural map."
-    kind: str  # "weights": rows sum to 1; "kernel": a filter over time offsets; "gate": between 0 and 1
-    values: Tensor  # for weights (B,H,T,T), query first
+    kind: str  # "weights": rows sum to 1; "pool": weights over frames, the same for every output; "kernel": a filter over time offsets; "gate": between 0 and 1
+    values: Tensor  # weights (B,H,T,T), query first; pool (B,H,T); kernel (k,D); gate (B,T,·)
 
 
 class Mixer(nn.Module):
@@ -119,6 +119,8 @@ class Mixer(nn.Module):
     needs_position = False  # True: knows no order, so the encoder adds sinusoids
     can_be_causal = True
     streams = True  # a causal one has `init_state` and `step`
+    carries = False  # True: hands something besides the frames to the next layer; forward then takes and returns a `carry`
+    max_frames = None  # the longest utterance that it can take; None: any
     why_not_causal = "it reads the whole utterance at once"
 
     def __init__(self,
@@ -137,6 +139,17 @@ class Mixer(nn.Module):
     ) -> Tensor: # (B,T,D), zeros at padded frames
         "Mix the frames."
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def mix(self,
+        x: Tensor, # (B,T,D)
+        mask: Tensor | None = None, # (B,T) bool, True = real
+        carry: dict | None = None, # what the layer before handed on, named tensors (B,…); None before the first
+    ) -> tuple: # (B,T,D) and the carry for the next layer
+        "Mix the frames and hand the carry on, changed by a mixer that `carries`, untouched by any other: what blocks call."
+        return self(x, mask, carry) if self.carries else (self(x, mask), carry)
+
+    def follow(self):
+        "Give up what only the first mixer of a stack needs, since the one before hands a carry on."
 
     def init_state(self,
         batch: int, # streams side by side
@@ -172,15 +185,21 @@ class Mixer(nn.Module):
         queries=None, # which output frames t, a list of int; all by default
         probes: int | None = 1, # random vectors for each output frame; None = exact
         generator: torch.Generator | None = None, # draws the probes
+        carry: dict | None = None, # what the layer before handed on
     ) -> Tensor: # (B,Q,T) the norms of ∂y_t/∂x_s
         "How strongly input frame s moves output frame t."
-        mix = lambda many: self(many, None if mask is None else mask.repeat(len(many) // len(x), 1))
+
+        def mix(many):
+            again = lambda t: t.repeat(len(many) // len(x), *[1] * (t.ndim - 1))
+            handed = carry and {name: again(t.detach()) for name, t in carry.items()}
+            return self.mix(many, None if mask is None else again(mask), handed)[0]
+
         return influence(mix, x, queries=queries, probes=probes, generator=generator)
 
     def macs(self, T: int) -> float: # multiply-accumulates of one utterance of T frames
         "Count one forward pass (matrix products, convolutions, attention, FFT) without running it."
         twin = copy.deepcopy(self).to("meta", torch.float32)
-        return count_macs(lambda: twin(torch.empty(1, T, self.dim, device="meta")))
+        return count_macs(lambda: twin.mix(torch.empty(1, T, self.dim, device="meta")))
 
     def state_bytes(self, T: int) -> int | None: # bytes of one float32 stream; None where the mixer does not stream
         "Size of what a stream remembers after T frames."

@@ -7,6 +7,7 @@ __all__ = ['POSITIONS', 'SIZES', 'EncoderConfig', 'named_config', 'sinusoids', '
            'build_encoder']
 
 # %% ../../nbs/models/42_encoder.ipynb #b5acc6ef
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import derive_seed
-from ..core.registry import EsslError
+from ..core.registry import EsslError, nearest
 from ..core.shapes import lengths_to_mask, zero_pads
 from ..mixers.base import mixers
 from .block import blocks
@@ -39,10 +40,14 @@ class EncoderConfig:
     dropout: float = 0.0  # in the blocks, while training
     mixer_kw: dict = field(default_factory=dict)  # the mixer's own options
     frontend_kw: dict = field(default_factory=dict)  # the front end's own options
+    block_kw: dict = field(default_factory=dict)  # the block's own options
 
     def __post_init__(self):
-        for registry, name in ((mixers, self.mixer), (frontends, self.frontend), (blocks, self.block)):
-            registry.get(name)
+        for registry, name, given in ((mixers, self.mixer, {}), (frontends, self.frontend, self.frontend_kw), (blocks, self.block, self.block_kw)):
+            allowed = [a for a in inspect.signature(registry.get(name).obj).parameters if a not in ("dim", "mixer", "mixer_kw", "ff_mult", "dropout", "causal")]
+            for word in given:
+                if word not in allowed:
+                    raise EsslError(f"The {registry.kind} {name!r} takes no option {word!r}: {nearest(word, allowed)}.")
         if self.position not in POSITIONS:
             raise EsslError(f"position={self.position!r} was given; it can be {', '.join(POSITIONS)}.")
         if self.dim < 1 or self.depth < 1 or not 0 <= self.dropout < 1:
@@ -95,9 +100,11 @@ class Encoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.frontend = frontends.get(c.frontend)(c.dim, causal=c.causal, **c.frontend_kw)
-        make = lambda: blocks.get(c.block)(c.dim, mixer=c.mixer, mixer_kw=c.mixer_kw, ff_mult=c.ff_mult, dropout=c.dropout, causal=c.causal)
+        make = lambda: blocks.get(c.block)(c.dim, mixer=c.mixer, mixer_kw=c.mixer_kw, ff_mult=c.ff_mult, dropout=c.dropout, causal=c.causal, **c.block_kw)
         self.blocks = nn.ModuleList(make() for _ in range(c.depth))
-        self.norm = nn.LayerNorm(c.dim)
+        for block in self.blocks[1:]:
+            block.mixer.follow()
+        self.norm, self.norm_first = nn.LayerNorm(c.dim), self.blocks[0].norms_last
         self.adds_position = c.position == "sinusoidal" or (c.position == "auto" and self.blocks[0].mixer.needs_position)
         initialise(self)
 
@@ -129,19 +136,26 @@ class Encoder(nn.Module):
     def from_features(self, mel: Tensor, lengths: Tensor, *, span: Tensor | None = None, generator=None) -> Encoded:
         "Frames of raw log-mel (B,T,F); `span` (B,T') bool hides frames of the encoder's rate."
         x, lengths, mask = self.embed(mel, lengths, span, generator)
-        layers = [x]
+        if self.norm_first:
+            x = zero_pads(self.norm(x), mask)
+        layers, carry = [x], None
         for block in self.blocks:
-            layers.append(block(layers[-1], mask))
-        return Encoded(zero_pads(self.norm(layers[-1]), mask), lengths, layers)
+            x, carry = block(x, mask, carry)
+            layers.append(x)
+        return Encoded(x if self.norm_first else zero_pads(self.norm(x), mask), lengths, layers)
 
-    def mixer_inputs(self, mel: Tensor, lengths: Tensor) -> tuple: # list of depth tensors (B,T,D), mask or None
-        "What the mixer of each block sees, for looking at the mixers one by one."
-        x, lengths, mask = self.embed(mel, lengths)
+    @torch.no_grad()
+    def mixer_inputs(self, mel: Tensor, lengths: Tensor) -> list: # depth × (frames (B,T,D), mask or None, carry or None)
+        "What the mixer of each block is given, for looking at the mixers one by one."
         seen = []
-        for block in self.blocks:
-            seen.append(block.mixer_input(x, mask))
-            x = block(x, mask)
-        return seen, mask
+        note = lambda mixer, given: seen.append((*given, None)[:3])
+        hooks = [block.mixer.register_forward_pre_hook(note) for block in self.blocks]
+        try:
+            self.from_features(mel, lengths)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
 
     def parameter_count(self) -> int:
         "Trained numbers."

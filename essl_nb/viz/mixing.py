@@ -56,11 +56,10 @@ def mixer_input(
     encoder, # an Encoder
     wav: Tensor, # (N,) samples in [-1, 1], 16 kHz
     layer: int, # 1 … depth
-) -> Tensor: # (1,T,D)
+) -> tuple: # (1,T,D) frames and the carry
     "What the mixer of `layer` is given on a clip."
-    mel, lengths = log_mel(wav[None], torch.tensor([len(wav)]))
-    inputs, _ = encoder.mixer_inputs(mel, lengths)
-    return inputs[layer - 1]
+    x, _, carry = encoder.mixer_inputs(*encoder.frontend.features(wav[None], torch.tensor([len(wav)])))[layer - 1]
+    return x, carry
 
 # %% ../../nbs/viz/86_mixing.ipynb #aaf95b5f
 def along_the_diagonal(
@@ -77,14 +76,15 @@ def along_the_diagonal(
 def own_maps(
     mixer, # a Mixer
     x: Tensor, # (1,T,D)
+    carry: dict | None = None, # what the layer before handed on
 ) -> dict: # name -> (T,T) tensor
-    "The mixer's own maps on `x`: heads averaged under the map's name, and one by one; filters along the diagonal."
-    found = {}
-    for name, (kind, m) in mixer.maps(x).items():
+    "The mixer's own maps on `x`: heads averaged under the map's name, and one by one; filters along the diagonal; pools the same in each row."
+    found, T = {}, x.shape[1]
+    for name, (kind, m) in (mixer.maps(x, None, carry) if mixer.carries else mixer.maps(x)).items():
         if kind == "kernel":
-            found[name] = along_the_diagonal(m, x.shape[1], mixer.causal)
-        elif kind == "weights":
-            heads = m[0]  # (H,T,T)
+            found[name] = along_the_diagonal(m, T, mixer.causal)
+        elif kind in ("weights", "pool"):
+            heads = m[0] if kind == "weights" else m[0, :, None].expand(-1, T, -1)  # (H,T,T)
             found[name if len(heads) == 1 else f"{name}, mean of {len(heads)} heads"] = heads.mean(0)
             found |= {f"{name}, head {i + 1}": h for i, h in enumerate(heads)} if len(heads) > 1 else {}
     return found
@@ -95,10 +95,10 @@ def map_kinds(
     layer: int, # 1 … depth
 ) -> list: # names, "influence" first
     "The kinds of map that a layer can show."
-    mixer = mixer_at(encoder, layer)
-    dim = encoder.config.dim
+    mixer, mel = mixer_at(encoder, layer), torch.zeros(1, 16, encoder.frontend.spec.n_mels)
+    x, _, carry = encoder.mixer_inputs(mel, torch.tensor([mel.shape[1]]))[layer - 1]
     with torch.no_grad():
-        return [INFLUENCE, *own_maps(mixer, torch.zeros(1, 8, dim))]
+        return [INFLUENCE, *own_maps(mixer, x, carry)]
 
 # %% ../../nbs/viz/86_mixing.ipynb #6dd0d73f
 def influence_map(
@@ -113,13 +113,13 @@ def influence_map(
     mixer, training = mixer_at(encoder, layer), encoder.training
     encoder.eval()
     try:
-        x = mixer_input(encoder, wav, layer)
+        x, carry = mixer_input(encoder, wav, layer)
         if kind == INFLUENCE:
             generator = torch.Generator().manual_seed(derive_seed("influence", layer))
-            values = mixer.influence(x, queries=list(range(0, x.shape[1], step)), generator=generator)[0]
+            values = mixer.influence(x, queries=list(range(0, x.shape[1], step)), generator=generator, carry=carry)[0]
         else:
             with torch.no_grad():
-                maps = own_maps(mixer, x)
+                maps = own_maps(mixer, x, carry)
             if kind not in maps:
                 raise EsslError(f"Layer {layer} has no map called {kind!r}: {nearest(kind, [INFLUENCE, *maps])}.")
             values = maps[kind][::step]
