@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from essl_nb.core.registry import EsslError, UnknownName
 from essl_nb.core.shapes import lengths_to_mask, masked_mean, zero_pads
 from essl_nb.mixers.attention import Attention, rotate
 from essl_nb.mixers.base import Mixer, build_mixer, count_macs, influence, list_mixers, mixers
-from essl_nb.mixers.checks import MIXER_CHECKS, BrokenContract, check_mixer, small_batch, small_mixer
+from essl_nb.mixers.checks import MIXER_CHECKS, BrokenContract, LargestTensor, check_mixer, small_batch, small_mixer
 from essl_nb.mixers.convnext import ConvNeXt, depthwise
 from essl_nb.mixers.fnet import FNet
 from essl_nb.mixers.none import NoMixing
@@ -87,17 +86,17 @@ class Broken(Mixer):
         super().__init__(dim, causal=True)
         self.gain = nn.Parameter(torch.ones(dim))
 
-    def mix(self, x):
+    def blend(self, x):
         return (x + F.pad(x, (0, 0, 1, 0))[:, :-1]) * self.gain
 
     def forward(self, x, mask=None):
-        return zero_pads(self.mix(zero_pads(x, mask)), mask)
+        return zero_pads(self.blend(zero_pads(x, mask)), mask)
 
     def init_state(self, batch, *, device=None, dtype=None):
         return {"last": torch.zeros(batch, 1, self.dim, **self.state_options(device, dtype))}
 
     def step(self, x, state):
-        return self.mix(torch.cat([state["last"], x], 1))[:, 1:], {"last": x[:, -1:].clone()}
+        return self.blend(torch.cat([state["last"], x], 1))[:, 1:], {"last": x[:, -1:].clone()}
 
 
 def test_the_unbroken_one_passes(registering):
@@ -117,16 +116,18 @@ class Doubled(torch.autograd.Function):
 
 BREAKS = {
     "shape": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask)[..., :-1]),
-    "padding": dict(forward=lambda self, x, mask=None: zero_pads(self.mix(x.flip(1)).flip(1), mask)),
+    "padding": dict(forward=lambda self, x, mask=None: zero_pads(self.blend(x.flip(1)).flip(1), mask)),
     "padding gradient": dict(forward=lambda self, x, mask=None: zero_pads(x.nan_to_num() * self.gain, mask) if mask is None else torch.where(mask[..., None], x * self.gain, 0.0 * self.gain)),
     "batch": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) * x.shape[1]),
     "empty row": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) / (1 if mask is None else (mask.sum(1) / mask.sum(1))[:, None, None])),
     "causality": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) + zero_pads(masked_mean(x, mask)[:, None].expand_as(x), mask)),
-    "streaming": dict(step=lambda self, x, state: (self.mix(torch.cat([state["last"], x], 1))[:, 1:], {"last": x[:, :1]})),
+    "streaming": dict(step=lambda self, x, state: (self.blend(torch.cat([state["last"], x], 1))[:, 1:], {"last": x[:, :1]})),
     "gradient": dict(forward=lambda self, x, mask=None: Doubled.apply(Broken.forward(self, x, mask))),
-    "state": dict(mix=lambda self, x: Broken.mix(self, x) * self.secret, __init__=lambda self, dim, *, causal=False: (Broken.__init__(self, dim), setattr(self, "secret", torch.rand(()).item()))[0]),
+    "state": dict(blend=lambda self, x: Broken.blend(self, x) * self.secret, __init__=lambda self, dim, *, causal=False: (Broken.__init__(self, dim), setattr(self, "secret", torch.rand(()).item()))[0]),
     "meta": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) * (1 if x.sum().item() else 2)),
     "macs": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) + 0 * (zero_pads(x, mask) @ zero_pads(x, mask).mT @ zero_pads(x, mask))),
+    "carry": dict(carries=True, forward=lambda self, x, mask=None, carry=None: (Broken.forward(self, x, mask), {"mean": x.mean(1)})),
+    "memory": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) + 0 * zero_pads(x[:, :1].repeat(1, x.shape[1] ** 2 // 64 + 1, 1)[:, : x.shape[1]], mask)),
     "refusal": dict(can_be_causal=False),
 }
 
@@ -247,36 +248,17 @@ def test_rotary_holds_at_long_positions_and_in_half_precision(draw):
     assert torch.allclose(rotate(q.bfloat16(), start=3_000).double(), rotate(q, start=3_000), atol=6e-2)
 
 
-class Largest(TorchDispatchMode):
-    "Remembers the size of the largest tensor made."
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = out if isinstance(out, (tuple, list)) else [out]
-        self.numel = max([getattr(self, "numel", 0)] + [t.numel() for t in made if isinstance(t, torch.Tensor)])
-        return out
-
-
 @pytest.mark.parametrize("case", ["whole", "padded", "causal", "causal padded"])
 def test_attention_stores_nothing_quadratic(case):
     T = 1024
     attention, x = Attention(8, num_heads=2, causal="causal" in case), torch.randn(2, T, 8, requires_grad=True)
     mask = lengths_to_mask(torch.tensor([T, 300])) if "padded" in case else None
-    with Largest() as seen:
+    with LargestTensor() as seen:
         attention(x, mask).sum().backward()
     assert seen.numel <= 2 * T * 3 * 8, f"a tensor of {seen.numel} numbers for {T} frames"
 
 
 # ---- fnet
-
-
-def test_fnet_is_that_of_transformers():
-    fnet = pytest.importorskip("transformers.models.fnet.modeling_fnet")
-    from transformers import FNetConfig
-
-    theirs = fnet.FNetBasicFourierTransform(FNetConfig(hidden_size=24, use_tpu_fourier_optimizations=False))
-    x = torch.randn(3, 50, 24)
-    assert torch.allclose(FNet(24)(x), theirs(x)[0] / math.sqrt(50 * 24), atol=1e-5)
 
 
 def test_fnet_is_the_double_sum():
