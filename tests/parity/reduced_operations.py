@@ -89,22 +89,22 @@ def linformer_pair(sharing, n_max):
     return pairs
 
 
-@case(Linformer, package="linformer", what="LinformerSelfAttention, sharing='headwise', at full length", tolerance=1e-10)
+@case(Linformer, package="linformer.linformer", what="LinformerSelfAttention, sharing='headwise', at full length", tolerance=1e-10)
 def headwise():
     return linformer_pair("headwise", T)
 
 
-@case(Linformer, package="linformer", what="LinformerSelfAttention, sharing='headwise', shorter than n_max", tolerance=1e-10)
+@case(Linformer, package="linformer.linformer", what="LinformerSelfAttention, sharing='headwise', shorter than n_max", tolerance=1e-10)
 def headwise_short():
     return linformer_pair("headwise", 2 * T)
 
 
-@case(Linformer, package="linformer", what="LinformerSelfAttention(share_kv=True), which ties the linear layers too: ours with equal ones", tolerance=1e-10)
+@case(Linformer, package="linformer.linformer", what="LinformerSelfAttention(share_kv=True), which ties the linear layers too: ours with equal ones", tolerance=1e-10)
 def key_value():
     return linformer_pair("kv", T)
 
 
-@case(Linformer, package="linformer", what="LinformerSelfAttention, sharing='none' with equal projections; gradients summed over heads", tolerance=1e-10)
+@case(Linformer, package="linformer.linformer", what="LinformerSelfAttention, sharing='none' with equal projections; gradients summed over heads", tolerance=1e-10)
 def unshared():
     return linformer_pair("none", T)
 
