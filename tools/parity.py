@@ -3,7 +3,7 @@
     .venv/bin/python tools/parity.py            # prints the table and writes results/parity.json
 """
 import sys
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
@@ -15,6 +15,14 @@ import parity
 from essl_nb.core.files import write_json
 
 
+def system(package: str) -> str:
+    "The distribution that an import name belongs to, with its version."
+    if not package:
+        return "the paper's equations"
+    name = packages_distributions()[package.split(".")[0]][0]
+    return f"{name} {version(name)}"
+
+
 def row(case) -> dict:
     "One line of the table."
     with torch.random.fork_rng(devices=[]):
@@ -23,7 +31,7 @@ def row(case) -> dict:
     dtype = str(next(iter(pairs.values()))[1].dtype).removeprefix("torch.")
     return {
         "ours": case.ours.__name__, "module": case.ours.__module__, "mixer": getattr(case.ours, "registered_name", None),
-        "system": f"{case.package} {version(case.package)}" if case.package else "the paper's equations",
+        "system": system(case.package),
         "what": case.what, "quantities": len(pairs), "dtype": dtype,
         "difference": float(f"{max(parity.away(*p) for p in pairs.values()):.2g}"), "tolerance": case.tolerance,
     }
