@@ -40,7 +40,7 @@ def test_encoder_and_mixer_count_alike(name):
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_counts_grow_as_declared(name):
-    config, seconds = EncoderConfig(name, dim=32, depth=1), [200, 400]
+    config, seconds = EncoderConfig(name, dim=32, depth=1, mixer_kw=mixers.get(name).meta.get("long", {})), [80, 160]
     slope = measure.exponent(seconds, [encoder_macs(config, s)["mixer"] for s in seconds])
     low, high = {"T": (0.98, 1.02), "T log T": (1.0, 1.2), "T^2": (1.9, 2.01)}.get(mixers.get(name).meta["complexity"], (0.9, 2.1))
     assert low <= slope <= high

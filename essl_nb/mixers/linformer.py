@@ -78,7 +78,7 @@ class Linformer(SlotAttention):
         super().__init__(dim, num_heads=num_heads, rank=rank, causal=causal)
         if sharing not in SHARING:
             raise EsslError(f"There is no sharing={sharing!r}: take one of {', '.join(SHARING)}.")
-        self.n_max = n_max
+        self.n_max = self.max_frames = n_max
         shape = (1 if sharing == "kv" else 2, num_heads if sharing == "none" else 1, rank, n_max)
         self.project = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / rank**0.5)  # E, F
 

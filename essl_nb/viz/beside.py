@@ -61,7 +61,7 @@ def portrait(
         fig.add_trace(go.Heatmap(z=z, dx=m.frame_seconds, dy=m.frame_seconds, colorscale="Viridis", zmin=FLOOR_DB, zmax=0, showscale=column == len(maps),
                                  colorbar=dict(title="dB", thickness=8, outlinewidth=0), hovertemplate="output %{y:.2f} s, input %{x:.2f} s: %{z} dB<extra></extra>"), 1, column)
     state = "trained" if trained else "untrained"
-    plain(fig, height=400, title=f"{finding(maps[-1])} ({mixer}, {state}, layer {layer})", margin=dict(l=64, r=16, t=72, b=48))
+    plain(fig, height=400, title=f"{finding(maps[-1])}<br><sup>{mixer}, {state}, layer {layer}</sup>", margin=dict(l=64, r=16, t=88, b=48))
     fig.update_xaxes(title_text="input frame (s)", constrain="domain").update_yaxes(autorange="reversed")
     fig.update_yaxes(title_text="output frame (s)", col=1)
-    return fig.update_layout(width=120 + 320 * len(kinds))
+    return fig.update_layout(width=max(560, 120 + 320 * len(kinds)))
