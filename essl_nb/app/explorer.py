@@ -15,11 +15,11 @@ from fastcore.script import call_parse, store_true
 
 import essl_nb
 from .clips import Visits
-from .compare import StudyFile, compare_tab
+from .compare import compare_tab
 from .listen import Desk, listen_tab
 from .look import CSS, theme
 from .page import PLOTLY_JS, head
-from .shelf import TRAINED, Shelf
+from .shelf import TRAINED, Shelf, Studies
 from ..core.registry import EsslError
 from ..data.corpus import load_corpus
 
@@ -76,7 +76,7 @@ def create_app(
         raise EsslError(f"There is no folder {results}; give the folder of a study, or leave it out for the one that comes with the repository.")
     folder = shipped_study() if results is None else Path(results)
     read = Once(lambda: load_corpus("bundled" if corpus is None else corpus) if corpus is None or isinstance(corpus, (str, Path)) else corpus)
-    visits, study = Visits(), StudyFile(folder)
+    visits, studies = Visits(), Studies(folder)
     desk = Desk(read, Shelf(folder, Once(lambda: some_statistics(read()))), visits)
     gr.set_static_paths([PLOTLY_JS])
     with gr.Blocks(title="essl_nb explorer", analytics_enabled=False, fill_width=True, delete_cache=KEPT) as app:
@@ -87,20 +87,24 @@ def create_app(
                 listen = listen_tab(desk)
             with gr.Tab("Compare", id="compare"):
                 gr.HTML("<h2>What does accuracy cost?</h2>", elem_classes="essl-question")
-                compare = compare_tab(study)
-        connect(app, tabs, desk, listen, compare)
+                compare = compare_tab(studies)
+        connect(app, tabs, desk, studies, listen, compare)
     app.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
     app.launch = partial(app.launch, **LAUNCH, theme=theme(), css=CSS, head=head())
     return app
 
 # %% ../../nbs/app/90_explorer.ipynb #b381b4c4
-def connect(app, tabs, desk: Desk, listen: dict, compare: dict):
+def connect(app, tabs, desk: Desk, studies: Studies, listen: dict, compare: dict):
     "Wire what lies between the tabs, and the beginning and the end of a visit."
     import gradio as gr
 
     quiet = dict(api_visibility="private", show_progress="hidden")
 
-    def open_in_listen(encoder, layer, kind):
+    def open_in_listen(study, encoder, layer, kind):
+        study = studies.get(study)
+        if study is not studies.opened:
+            gr.Info(f"Listen holds the encoders of {studies.opened.told}. For those of this arrangement, start the explorer with --results {study.told}.")
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         key = next((k for _, k in desk.shelf.choices() if k.startswith(TRAINED) and k.removeprefix(TRAINED) == encoder), None)
         if key is None:
             gr.Info(f"The study ships no weights of {encoder}, so it cannot be listened to; the untrained encoders can.")
@@ -112,7 +116,7 @@ def connect(app, tabs, desk: Desk, listen: dict, compare: dict):
 
     listen["open"](app)
     compare["open"](app)
-    opened = compare["listen"].click(open_in_listen, [compare["chosen"], listen["layer"], listen["kind"]], [tabs, listen["first"], listen["layer"], listen["kind"]], **quiet)
+    opened = compare["listen"].click(open_in_listen, [compare["study"], compare["chosen"], listen["layer"], listen["kind"]], [tabs, listen["first"], listen["layer"], listen["kind"]], **quiet)
     listen["after"](opened)
     app.unload(leave)
 

@@ -90,8 +90,14 @@ FIGURES = """
 .essl-frame output {font-variant-numeric: tabular-nums; min-width: 6ch; text-align: right;}
 .essl-readout {font-size: 13px; min-height: 1.4em; margin: 0 0 8px; font-variant-numeric: tabular-nums;}
 .essl-busy {font-size: 13px; min-height: 20px; margin: 0 0 8px;}
-#compare-view .essl-busy:empty {display: none;}
-.essl-view.waiting .essl-panels {opacity: .45; transition: opacity .2s .15s;}
+#compare-view .essl-busy:empty, #curves-view .essl-busy:empty {display: none;}
+.essl-key {display: flex; flex-wrap: wrap; gap: 4px 16px; list-style: none !important; margin: 0 0 4px !important; padding: 0 !important; font-size: 13px;}
+.essl-key li {display: inline-flex; align-items: center; gap: 6px; margin: 0 !important; padding: 0 !important;}
+.essl-key:has(button) {gap: 8px;}
+.essl-key button {gap: 6px;}
+.essl-shape {display: inline-flex;}
+.essl-key button[aria-pressed=false] {opacity: .5; text-decoration: line-through; border-style: dashed;}
+.essl-view.waiting .essl-panels, .essl-view.waiting .essl-plot {opacity: .45; transition: opacity .2s .15s;}
 """
 
 # %% ../../nbs/app/93_look.ipynb #987219f1
@@ -104,15 +110,22 @@ CARD = """
 .essl-card h3 {font-size: 16px; font-weight: 600; margin: 0;}
 .essl-answer {display: grid !important; grid-template-columns: minmax(0, 1fr) 320px; gap: 24px !important; align-items: start;}
 .essl-answer > * {min-width: 0 !important; width: 100%;}
+.essl-answer:has(.essl-second) {grid-template-rows: auto 1fr;}
+.essl-answer > .essl-side {grid-row: span 2;}
+.essl-second {gap: 8px !important;}
+.essl-picks > .form {display: grid !important; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px !important; width: 100%;}
+.essl-picks > .form > * {min-width: 0 !important;}
+@media (min-width: 861px) {.essl-bench input[role=combobox] {font-size: 13px !important;}}
 """
 NARROW = """
-@media (max-width: 1180px) {.essl-answer {grid-template-columns: minmax(0, 1fr);} .essl-panels.two {grid-template-columns: minmax(0, 1fr);}}
+@media (max-width: 1180px) {.essl-answer {grid-template-columns: minmax(0, 1fr);} .essl-answer > .essl-side {grid-row: auto;} .essl-panels.two {grid-template-columns: minmax(0, 1fr);}}
 @media (max-width: 860px) {
   .gradio-container .main.fillable {padding: 0 12px 16px !important;}
   .essl-bench {grid-template-columns: minmax(0, 1fr); gap: 16px !important;}
   .essl-rail > .label-wrap {display: flex; border: 1px solid #8a8a8a; border-radius: 4px; padding: 8px 12px; margin-bottom: 8px;}
   .essl-said {font-size: 18px;}
   .essl-head span {display: none;}
+  .essl-picks > .form {grid-template-columns: repeat(2, minmax(0, 1fr));}
 }
 @media (prefers-reduced-motion: reduce) {* {transition: none !important; animation: none !important;}}
 """
