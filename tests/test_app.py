@@ -13,9 +13,11 @@ import soundfile
 
 from essl_nb.app.clips import UNKNOWN, Visits, clip_choices, own_sound
 from essl_nb.app.explorer import create_app
-from essl_nb.core.files import append_line
+from essl_nb.app.shelf import Studies
+from essl_nb.core.config import to_json
+from essl_nb.core.files import append_line, write_json
 from essl_nb.core.registry import EsslError
-from essl_nb.eval.intervals import bootstrap_interval, ratio
+from essl_nb.eval.intervals import ratio
 from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.encoder import EncoderConfig, build_encoder
 
@@ -27,19 +29,21 @@ PATIENCE = 240_000  # ms; a loaded machine is slow
 
 # ---- a made-up study, for looking at the page only --------------------------------------------------------------
 
-def make_study(folder: Path, seeds=3, utterances=20) -> Path:
+def make_study(folder: Path, seeds=3, utterances=20, names=None, dims=(32,), ship=True) -> Path:
     "Rows and encoders in the form of a study; the numbers are dice and no result."
-    dice, names = np.random.default_rng(0), list_mixers()
+    dice, names = np.random.default_rng(0), names or list_mixers()
+    configs = {name: EncoderConfig(mixer=name, dim=dims[i % len(dims)], depth=2) for i, name in enumerate(names)}
+    write_json(folder / "grid.json", dict(name="dice", encoders=[dict(name=n, config=to_json(c)) for n, c in configs.items()]))
     for place, name in enumerate(names):
-        config, family = EncoderConfig(mixer=name, dim=32, depth=2), mixers.get(name).meta["family"]
-        build_encoder(config, seed=0).save(folder / "encoders" / name)
-        who = dict(encoder=name, mixer=name, family=family, objective="dice")
+        config, family = configs[name], mixers.get(name).meta["family"]
+        if ship:
+            build_encoder(config, seed=0).save(folder / "encoders" / name)
+        who = dict(encoder=name, mixer=name, family=family, objective="dice", config=to_json(config))
         for seed in range(seeds):
             for state, chance in (("pretrained", 0.2 + 0.03 * place), ("untrained", 0.1)):
                 for probe, span in (("first question", 200), ("second question", None)):
                     units = [[int(dice.binomial(100, np.clip(chance + dice.normal() / 50, 0, 1))), 100] for _ in range(utterances)]
-                    low, high = bootstrap_interval(units)
-                    value = dict(probe="masked_phones" if span else "phones", metric="accuracy", value=ratio(units), low=low, high=high, n=utterances, count=100 * utterances,
+                    value = dict(probe="masked_phones" if span else "phones", metric="accuracy", value=ratio(units), low=0, high=1, n=utterances, count=100 * utterances,
                                  units=units, unit_ids_hash="dice", head="linear", labels="all", split="test", settings=dict(span_ms=span), also=[])
                     what = dict(**who, seed=seed, state=state, probe=probe, call=value["probe"], kw={})
                     append_line(folder / "rows.jsonl", dict(key=f"{name}{seed}{state}{probe}", kind="score", what=what, value=value, made=dict(seconds=1.0)))
@@ -111,6 +115,21 @@ def test_a_corpus_that_says_nothing_can_be_chosen_from(tmp_path):
     assert len(clip_choices(load_corpus(tmp_path), UNKNOWN, UNKNOWN, "all")) == 3
 
 
+def test_studies_beside_the_opened_one_are_told_apart(study):
+    assert [label for label, _ in Studies(study).choices()] == ["opened · block transformer · equal width", "beside it · block transformer · widths 32 to 40"]
+    assert Studies(None).choices() == [] and Studies(study).get("nowhere").folder == study
+
+
+def test_intervals_are_drawn_for_what_is_asked(study):
+    opened = Studies(study).opened
+    whole = opened.scores()
+    for only in (dict(probe="first question"), dict(encoder=list_mixers()[0], state="pretrained")):
+        part = opened.scores(**only)
+        assert opened.scores(**only) is part and 0 < len(part) < len(whole)
+        same = whole[np.logical_and.reduce([whole[c] == v for c, v in only.items()])]
+        assert part.value.tolist() == same.value.tolist() and part.low.tolist() == same.low.tolist()
+
+
 # ---- in a browser -----------------------------------------------------------------------------------------------
 
 def chromium() -> str | None:
@@ -121,7 +140,10 @@ def chromium() -> str | None:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
-    return make_study(tmp_path_factory.mktemp("study"))
+    "An opened study with every mixer in it, and a smaller one of other widths beside it."
+    folder = tmp_path_factory.mktemp("studies")
+    make_study(folder / "beside_it", seeds=1, names=list_mixers()[:3], dims=(32, 40), ship=False)
+    return make_study(folder / "opened")
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +346,66 @@ def test_compare_click_card_budget_and_listen(wide, study):
     assert wide.locator("#listen-view").is_visible()
 
 
+LABELS = """() => { const d = essl.views.compare.div, boxes = [...d.querySelectorAll('.annotation')].map(e => [e.textContent, e.querySelector('.annotation-text-g rect').getBoundingClientRect()]);
+    const points = d.data.filter(t => t.meta && t.meta.role === 'point'), edge = d.getBoundingClientRect(), meet = [];
+    const outside = boxes.filter(([, b]) => b.left < edge.left - 1 || b.right > edge.right + 1).map(([t]) => t);
+    boxes.forEach(([t, a], i) => boxes.slice(i + 1).forEach(([u, b]) => { if (a.left < b.right - 2 && b.left < a.right - 2 && a.top < b.bottom - 2 && b.top < a.bottom - 2) meet.push([t, u]); }));
+    return {named: boxes.map(b => b[0]), must: points.filter(t => t.meta.must).map(t => t.name), all: points.map(t => t.name), meet, outside}; }"""
+
+
+def settled_labels(page) -> dict:
+    "What the labels of the first figure are, once it stands."
+    page.wait_for_function("() => { const v = essl.views.compare; return v.root.dataset.shown && !v.root.classList.contains('waiting') && v.div.querySelector('.annotation'); }")
+    return page.evaluate(LABELS)
+
+
+def test_labels_do_not_meet_and_the_important_are_there(wide):
+    wide.click("button[role=tab]:has-text('Compare')")
+    found = settled_labels(wide)
+    roles = [n for n in list_mixers() if mixers.get(n).meta["family"] == "none" or mixers.get(n).meta.get("baseline")]
+    assert {*roles, *found["must"]} <= set(found["named"]) and not found["meet"] and not found["outside"], found
+    before = view_of(wide, "d.stamp")
+    choose(wide, "pick-cost", "parameters")  # here the better is the dearer: all of them are the front
+    wide.wait_for_function(f"() => essl.views.compare.root.dataset.shown > {before}")
+    found = settled_labels(wide)
+    assert set(found["must"]) == set(found["all"]) <= set(found["named"]) and not found["meet"], found
+    families = {mixers.get(n).meta["family"] for n in list_mixers()}
+    assert wide.locator("#compare-view .essl-key li").count() == len(families) == wide.locator("#compare-view .essl-key path").count()
+    choose(wide, "pick-cost", "arithmetic in use")
+    wide.wait_for_selector("#compare-view .essl-caption:has-text('Cost: arithmetic in use')")
+
+
+def view_of(page, expression: str, name="compare"):
+    return page.evaluate(f"() => {{ const v = essl.views.{name}, d = v.payload; return {expression}; }}")
+
+
+def test_untrained_encoders_are_asked_for_where_there_are_many(wide):
+    wide.click("button[role=tab]:has-text('Compare')")
+    drawn = "d.figure.data.filter(t => t.meta && t.meta.role === 'untrained').length"
+    settled_labels(wide)
+    assert view_of(wide, drawn) == 0 and not wide.locator("#pick-untrained input").is_checked()
+    wide.focus("#pick-untrained input")
+    wide.keyboard.press("Space")
+    wide.wait_for_selector("#compare-view .essl-caption:has-text('open points')")
+    assert view_of(wide, drawn) > 0
+    wide.keyboard.press("Space")
+    wide.wait_for_selector("#compare-view .essl-caption:not(:has-text('open points'))")
+
+
+def test_another_arrangement_redraws_everything(wide, study):
+    wide.click("button[role=tab]:has-text('Compare')")
+    choose(wide, "chosen", list_mixers()[1])
+    wide.wait_for_selector(f"#card h3:has-text('{list_mixers()[1]}')")
+    choose(wide, "pick-study", "beside it")
+    wide.wait_for_selector("#compare-view .essl-caption:has-text('32 to 40 wide')")
+    assert len(settled_labels(wide)["all"]) == 3 and wide.locator("#pick-untrained input").is_checked() and "beside_it" in view_of(wide, "d.code")
+    assert wide.locator("#card h3").inner_text() == list_mixers()[1], "the chosen encoder stays"
+    wide.click("#listen-to-it")
+    wide.wait_for_selector("text=start the explorer with --results")
+    choose(wide, "pick-study", "opened")
+    wide.wait_for_selector("#compare-view .essl-caption:has-text('equal width')")
+
+
 def test_narrow_dark_and_by_keyboard(browser, address):
     for page in opened(browser, address, 390, color_scheme="dark"):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -333,6 +415,8 @@ def test_narrow_dark_and_by_keyboard(browser, address):
         page.click("button[role=tab]:has-text('Compare')")
         page.wait_for_selector("#compare-view .essl-view[data-shown]")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        found = settled_labels(page)
+        assert set(found["must"]) <= set(found["named"]) and not found["meet"] and not found["outside"], found
         page.focus("#chosen input")
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
