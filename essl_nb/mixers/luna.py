@@ -24,7 +24,7 @@ def running_attention(
     count: Tensor, # () how many frames went before
     chunk: int = 32, # frames between sums that are kept
 ) -> tuple: # (B,H,T,K) outputs, (B,H,T,l) unpack weights, (B,H,K,l) sums after the last frame
-    "Unpack, for each frame, the mean of what it and the frames before it have packed (2106.01540 section 3.3)."
+    "Unpack, for each frame, the mean of what it and the frames before it have packed (2106.01540 section 3)."
     T = q.shape[2]
     N = -(-T // chunk)
     q, c, a = (F.pad(z, (0, 0, 0, N * chunk - T)).unflatten(2, (N, chunk)) for z in (q, c, a))  # (B,H,N,C,·)
