@@ -82,7 +82,7 @@ def layer_norm(norm, x):
 
 
 def gated(m, x, gate):
-    "Both halves of the hidden features, one of them gated (2105.08050, eq. 5 to 7) by `gate(v, t)`."
+    "Both halves of the hidden features, one of them gated (2105.08050, section 2.1) by `gate(v, t)`."
     h = gelu(linear(m.inner, x))
     u, v = h[:, : m.half], layer_norm(m.norm, h[:, m.half :])
     return linear(m.outer, torch.stack([u[t] * gate(v, t) for t in range(len(x))]))
@@ -94,12 +94,12 @@ def convolved(m, x):
     return gated(m, x, lambda v, t: sum(taps(v, t)) + m.depthwise.bias)
 
 
-@case(CMLP, package="", what="convolutional gate (after 2202.08456 and 2105.08050 eq. 7) in float64, padded batch", tolerance=1e-10)
+@case(CMLP, package="", what="convolutional gate (after 2202.08456 and 2105.08050 section 2.1) in float64, padded batch", tolerance=1e-10)
 def c_mlp():
     return against_equations(CMLP(D, kernel=7, expand=2), convolved)
 
 
-@case(CMLP, package="", what="convolutional gate (after 2202.08456 and 2105.08050 eq. 7) in float64, causal, padded batch", tolerance=1e-10)
+@case(CMLP, package="", what="convolutional gate (after 2202.08456 and 2105.08050 section 2.1) in float64, causal, padded batch", tolerance=1e-10)
 def c_mlp_causal():
     return against_equations(CMLP(D, kernel=6, causal=True), convolved)
 
