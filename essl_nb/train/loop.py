@@ -25,6 +25,7 @@ from ..core.shapes import lengths_to_mask
 from ..data.batches import BucketBatches, PackedBatches
 from ..data.corpus import Corpus, load_corpus
 from ..models.encoder import EncoderConfig, build_encoder
+from ..models.frontend import frontends
 from ..ssl.health import collapsed, health_of
 from ..ssl.objective import build_objective, objectives
 from ..ssl.spans import draw_spans, start_prob_for
@@ -60,6 +61,9 @@ class PretrainConfig:
 
     def __post_init__(self):
         objectives.get(self.objective)
+        if not frontends.get(self.encoder.frontend).obj.stored:
+            stored = ", ".join(e.name for e in frontends if e.obj.stored)
+            raise EsslError(f"The front end {self.encoder.frontend!r} reads waveforms, and pre-training reads stored log-mel frames: take one of {stored}.")
         for name, value, allowed in (("batching", self.batching, BATCHING), ("precision", self.precision, ("bf16", "fp32"))):
             if value not in allowed:
                 raise EsslError(f"{name}={value!r} was given; it can be {', '.join(allowed)}.")
