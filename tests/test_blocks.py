@@ -1,13 +1,12 @@
 """Blocks that mix by themselves, around every mixer: the padding law, causality, gradients, files."""
-import math
-
 import pytest
 import torch
 
 from essl_nb.core.config import derive_seed
 from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import lengths_to_mask
-from essl_nb.mixers.base import Mixer, count_macs, influence, list_mixers, mixers
+from essl_nb.mixers.base import influence, list_mixers, mixers
+from essl_nb.models.block import blocks
 from essl_nb.models.checkpoint import load_encoder
 from essl_nb.models.conformer import BranchformerBlock, ConformerBlock, ConvolutionModule, DepthwiseConv, GatedBranch
 from essl_nb.models.encoder import EncoderConfig, build_encoder
@@ -100,7 +99,7 @@ def test_a_causal_block_does_not_look_ahead(cls, name):
 @of_blocks
 @of_forms
 def test_encoders_are_built_saved_and_loaded(cls, name, causal, tmp_path):
-    block = next(e.name for e in blocks() if e.obj is cls)
+    block = next(e.name for e in blocks if e.obj is cls)
     config = EncoderConfig(name, dim=D, depth=2, block=block, causal=causal, mixer_kw=mixers.get(name).meta.get("tiny", {}), block_kw=dict(kernel=7))
     encoder = build_encoder(config, seed=0).eval()
     assert encoder.norm_first
@@ -111,12 +110,6 @@ def test_encoders_are_built_saved_and_loaded(cls, name, causal, tmp_path):
     assert len(out.layers) == 3 and out.layers[-1] is out.frames
     again = load_encoder(encoder.save(tmp_path))
     assert again.config == config and torch.equal(again.eval()(wav, lengths).frames, out.frames)
-
-
-def blocks():
-    from essl_nb.models.block import blocks
-
-    return blocks
 
 
 @of_blocks
@@ -159,7 +152,7 @@ def test_a_kernel_without_a_middle_is_refused(cls):
 
 @of_blocks
 def test_options_reach_the_block_by_the_configuration(cls):
-    block = next(e.name for e in blocks() if e.obj is cls)
+    block = next(e.name for e in blocks if e.obj is cls)
     with pytest.raises(EsslError, match="takes no option 'kernl'.*kernel"):
         EncoderConfig(CONTROL, block=block, block_kw=dict(kernl=15))
     assert build_encoder(EncoderConfig(CONTROL, dim=D, depth=1, block=block, block_kw=dict(kernel=15)), seed=0).blocks[0](torch.randn(1, 9, D))[0].shape == (1, 9, D)
