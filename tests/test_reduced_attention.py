@@ -85,10 +85,10 @@ def test_a_windows_stream_is_its_forward_and_its_state_is_bounded(sizes, chunk, 
 
 
 def test_a_step_of_many_frames_stores_nothing_quadratic():
-    window, x = Window(8, num_heads=2, causal=True), torch.randn(1, 4000, 8)
+    window, x = Window(8, num_heads=2, causal=True), torch.randn(1, 1000, 8)
     with LargestTensor() as seen, torch.no_grad():
         window.step(x, window.init_state(1))
-    assert seen.numel <= 4000 * 3 * 8
+    assert seen.numel <= 1000 * 3 * 8
 
 
 def test_the_default_window_reaches_as_many_chunks_in_both_forms():
