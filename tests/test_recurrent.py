@@ -65,11 +65,11 @@ def test_a_scan_in_pieces_is_the_whole():
     assert torch.allclose(torch.cat(pieces, 1), whole) and torch.allclose(state, end)
 
 
-@pytest.mark.parametrize("scan", [selective_scan, lambda *x: scan_forward_chunks(*x, x[0].new_zeros(2, 4, 5))])
-def test_hard_decays_overflow_nothing(scan):
+@pytest.mark.parametrize("form", [selective_scan, lambda *x: scan_forward_chunks(*x, x[0].new_zeros(2, 4, 5))])
+def test_hard_decays_overflow_nothing(form):
     u, delta, A, B, C, _ = inputs(300, dtype=torch.float32)
     with torch.no_grad():
-        y = scan(u, 1e4 * delta, A, B, C)[0]
+        y = form(u, 1e4 * delta, A, B, C)[0]
         assert y.isfinite().all()
         assert torch.allclose(y, 1e4 * (delta * u) * (B * C).sum(-1, keepdim=True), rtol=1e-3, atol=1e-2 * y.abs().max())
 
