@@ -355,7 +355,7 @@ LABELS = """() => { const d = essl.views.compare.div, boxes = [...d.querySelecto
 
 def settled_labels(page) -> dict:
     "What the labels of the first figure are, once it stands."
-    page.wait_for_function("() => { const v = essl.views.compare; return v.root.dataset.shown && !v.root.classList.contains('waiting') && v.div.querySelector('.annotation'); }")
+    page.wait_for_function("() => { const v = essl.views.compare; return v.payload && v.root.dataset.shown === String(v.payload.stamp) && !v.root.classList.contains('waiting') && v.div.querySelector('.annotation'); }")
     return page.evaluate(LABELS)
 
 

@@ -26,6 +26,7 @@ from ..core.registry import EsslError
 from ..study.pareto import pareto_front, within_budget
 from ..study.results import scores_of, usual_rivals
 from ..viz.pareto import pareto_figure
+from ..viz.style import family_name
 
 # %% ../../nbs/app/92_compare.ipynb #12133967
 COSTS = {  # column: (name, unit, factor)
@@ -228,7 +229,7 @@ def card_html(study: StudyFile, encoder: str | None) -> str: # HTML
     lines = lambda names: [(f"{COSTS[c][0]}, {COSTS[c][1]}", shown(float(cost[c]) * COSTS[c][2])) for c in names if c in cost and pd.notna(cost[c])]
     training = [c for c in COSTS if c.startswith(("training", "pretrain"))]
     first = mine.iloc[0]
-    about = f"{first.mixer}, family {first.family}; {int(mine.seeds.max())} seeds"
+    about = f"{plain_words(first.mixer)}, family: {family_name(first.family)}; {int(mine.seeds.max())} seeds"
     return (f'<div class="essl-card"><h3>{html.escape(encoder)}</h3><p class="essl-note">{html.escape(about)}</p>'
             + table_html("In use", lines([c for c in COSTS if c not in training])) + table_html("In training", lines(training))
             + table_html("As speech gets longer", curve_lines(study, first.mixer))

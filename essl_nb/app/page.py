@@ -77,7 +77,7 @@ E.paint = (div, figure) => {
   if (narrow) E.narrow(layout, data);
   if (div.dataset.still) layout.hovermode = false;
   div.figure = figure; div.paintedWidth = width;
-  return Plotly.react(div, data, layout, {displayModeBar: false}).then(() => { E.fitLabels(div); E.placeLabels(div); div.dispatchEvent(new Event('painted')); });
+  return Plotly.react(div, data, layout, {displayModeBar: false}).then(async () => { E.fitLabels(div); await E.placeLabels(div); div.dispatchEvent(new Event('painted')); });
 };
 E.fitLabels = div => {
   const at = div.data ? div.data.findIndex(t => t.meta && t.meta.role === 'phone-labels') : -1;
