@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['DURATIONS', 'PRECISIONS', 'CODES', 'baseline_mixer', 'baseline_of', 'noise', 'deployment_call', 'training_call',
            'measure_deployment', 'measure_training', 'digits', 'triple', 'against_baseline', 'prepare', 'card_head',
-           'size_on_disk', 'state_bytes', 'deployment_cost', 'headline', 'slopes', 'training_cost', 'card_text',
-           'essl_cost', 'cost_config']
+           'size_on_disk', 'state_bytes', 'within_reach', 'deployment_cost', 'headline', 'slopes', 'training_cost',
+           'card_text', 'essl_cost', 'cost_config']
 
 # %% ../../nbs/eval/71_cost.ipynb #915bd1c2
 import dataclasses
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ..core.config import from_json, to_json
 from ..core.files import write_json
 from ..core.fresh import run_fresh
 from ..core.registry import EsslError
-from .macs import encoder_macs, training_macs
+from .macs import encoder_macs, meta_encoder, training_macs
 from .machine import check_seconds, check_threads, library_versions, machine_record
 from .measure import exponent, idle, interleaved, peak_bytes, spread
 from ..mixers.base import FAMILIES, mixers
@@ -192,6 +193,18 @@ def state_bytes(config: EncoderConfig, seconds: float) -> int | None: # None whe
     return None if None in sizes else sum(sizes)
 
 # %% ../../nbs/eval/71_cost.ipynb #289d896e
+def within_reach(
+    configs, # encoder configurations
+    seconds, # durations, s
+) -> tuple: # durations that all can take, and those that are left out
+    "Part durations by the longest utterance of each mixer. Raises EsslError where none is left."
+    longest = min(e.frame_seconds * (b.mixer.max_frames or math.inf) for e in map(meta_encoder, configs) for b in e.blocks)
+    reached = [s for s in seconds if s <= longest + 1e-6]
+    if not reached:
+        raise EsslError(f"These encoders take up to {longest:g} s and were to be measured from {min(seconds):g} s on; give shorter durations, or mixers for longer utterances.")
+    return reached, [s for s in seconds if s not in reached]
+
+# %% ../../nbs/eval/71_cost.ipynb #3dec9b1a
 def deployment_cost(
     config: EncoderConfig, # the encoder
     *,
@@ -207,6 +220,7 @@ def deployment_cost(
     seconds = check_seconds((1.0, 8.0) if quick else seconds)
     repeats, children = (2, 1) if quick else (repeats, 3)
     pair = (config, against)
+    seconds, left_out = within_reach(pair, seconds)
     counts = [[encoder_macs(c, s) for c in pair] for s in seconds]
     raw = run_fresh(measure_deployment, [to_json(c) for c in pair], list(seconds), repeats, children, precision, threads=threads).value
     points = []
@@ -217,7 +231,7 @@ def deployment_cost(
             **against_baseline("latency_s", times), **triple("rtf", np.array(times)[:, 0] / s), **against_baseline("peak_bytes", memory),
             "macs": own, "baseline_macs": rival, "macs_ratio": digits(own / rival), "baseline_mixer_share": digits(count[1]["mixer"] / rival),
         })
-    protocol = {"batch": 1, "input": "waveform", "repeats": repeats, "warmup": 2, "memory_children": children, "order": "by turns", "low_high": "quartiles", "idle_bytes": int(raw["idle"])}
+    protocol = {"batch": 1, "input": "waveform", "repeats": repeats, "warmup": 2, "memory_children": children, "order": "by turns", "low_high": "quartiles", "idle_bytes": int(raw["idle"]), "left_out_seconds": left_out}
     head = card_head("deployment", config, against, threads, precision, protocol)
     return {**head, **size_on_disk(config), "state_bytes": state_bytes(config, 10.0), **headline(points), **slopes(seconds, raw["times"], counts), "points": points}
 

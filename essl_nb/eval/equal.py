@@ -56,17 +56,19 @@ class Widths:
 def bracket(
     widths: Widths, # counts by width
     target: int, # to be reached
+    start: int, # where to begin
 ) -> int: # the lowest of the taken widths, found by bisection, that reaches the target
     "Raises EsslError where no width is taken, or none reaches the target."
-    low = widths.next(1)
-    if low is None:
+    low = high = widths.next(start) or widths.next(start, -1)
+    if high is None:
         raise EsslError(f"This encoder takes no width up to {WIDEST} in steps of {widths.step}: {widths.refusal}")
-    high = low
     while widths(high) < target:
-        low, high = high, widths.next(2 * high)
+        low, high = high, widths.next(max(high + 1, high * 5 // 4))
         if high is None:
             raise EsslError(f"No width up to {WIDEST} reaches {target:,}; compare with a smaller baseline, or give the encoder more depth.")
-    while (middle := widths.next((low + high) // 2)) < high and middle > low:
+    while widths(low) >= target and (below := widths.next(min(low - 1, low * 4 // 5), -1)):
+        low, high = below, low
+    while high - low > 1 and (middle := widths.next((low + high) // 2)) < high:
         low, high = (middle, high) if widths(middle) < target else (low, middle)
     return high
 
@@ -91,7 +93,9 @@ def matched(
         return Matched(same, same.dim, against.dim)
     count = parameter_count if what == "parameters" else lambda c: encoder_macs(c, seconds)["total"]
     widths, target = Widths(config, count, step), count(against)
-    around = bracket(widths, target)
-    near = [k for k in range(max(1, around - 4), around + 5) if widths(k) is not None] + [widths.next(around - 1, -1)]
-    best = min((k for k in near if k), key=lambda k: (abs(widths(k) - target), k))
+    near = [bracket(widths, target, max(1, against.dim // step))]
+    for way in (-1, -1, 1, 1):  # two neighbours on either side
+        near = [widths.next(near[0] - 1, -1), *near] if way < 0 else [*near, widths.next(near[-1] + 1)]
+        near = [k for k in near if k is not None]
+    best = min(near, key=lambda k: (abs(widths(k) - target), k))
     return Matched(dataclasses.replace(config, dim=best * step), widths(best), target)
