@@ -210,7 +210,7 @@ def exponents(
         fit = lambda column: exponent(long.seconds, long[column], last=len(long)) if (long[column] > 0).all() else math.nan
         table.append(dict(zip(("mixer", "width", "batch", "pass"), key)) | dict(family=c.family.iloc[0], complexity=c.complexity.iloc[0], level=c.level.iloc[0],
                      time=fit("time_s"), memory=fit("peak_bytes"), work=fit("macs"), longest=long.seconds.max()))
-    return pd.DataFrame(table)
+    return pd.DataFrame(table, columns=["mixer", "width", "batch", "pass", "family", "complexity", "level", "time", "memory", "work", "longest"])
 
 # %% ../../nbs/eval/66_curves.ipynb #090328ad
 ALWAYS, NEVER = 0.0, math.inf
