@@ -42,7 +42,7 @@ class Attention(Mixer):
         causal: bool = False, # look at this and earlier frames only
     ):
         super().__init__(dim, causal=causal)
-        if dim % num_heads or (rotary and dim // num_heads % 2):
+        if num_heads < 1 or dim % num_heads or (rotary and dim // num_heads % 2):
             even = "an even number of times " if rotary else ""
             raise EsslError(f"num_heads={num_heads} does not fit dim={dim}: take a number of heads that goes into dim {even}without rest.")
         self.num_heads, self.rotary = num_heads, rotary
