@@ -176,6 +176,13 @@ def test_names_and_arguments_are_answered():
         FNet(8, causal=True)
 
 
+def test_no_heads_at_all_are_refused_in_words():
+    for entry in mixers:
+        if "num_heads" in entry.meta.get("tiny", {}):
+            with pytest.raises(EsslError, match="num_heads=0"):
+                entry.obj(16, num_heads=0)
+
+
 # ---- attention
 
 

@@ -59,7 +59,7 @@ class Fastformer(Mixer):
         causal: bool = False, # the weightings run up to each frame only
     ):
         super().__init__(dim, causal=causal)
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise EsslError(f"num_heads={num_heads} does not fit dim={dim}: take a number of heads that goes into dim without rest.")
         self.num_heads, self.tied, K = num_heads, tied, dim // num_heads
         self.qkv = nn.Linear(dim, (2 if tied else 3) * dim)

@@ -25,7 +25,7 @@ class SlotAttention(Mixer):
 
     def __init__(self, dim: int, *, num_heads: int, rank: int, causal: bool):
         super().__init__(dim, causal=causal)
-        if dim % num_heads or rank < 1:
+        if num_heads < 1 or dim % num_heads or rank < 1:
             raise EsslError(f"num_heads={num_heads}, rank={rank} do not fit dim={dim}: take a number of heads that goes into dim without rest, and 1 slot or more.")
         self.num_heads, self.rank = num_heads, rank
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
