@@ -101,7 +101,7 @@ def config_of(
     layered = convolution(1, "layer_norm.weight") in tensors
     first = layered if pre_norm is None else pre_norm
     return EncoderConfig(
-        next(e.name for e in mixers if e.meta.get("baseline")), dim=dim, depth=sum(n.endswith("attention.k_proj.weight") for n in tensors),
+        next(e.name for e in mixers if e.meta.get("baseline")), dim=dim, depth=sum(n.endswith("final_layer_norm.weight") for n in tensors),
         frontend="wav2vec2", block="transformer" if first else "postnorm", position="convolutional",
         ff_mult=hidden // dim if hidden % dim == 0 else (hidden + 0.5) / dim, mixer_kw=dict(num_heads=heads or HEADS[dim], rotary=False),
         frontend_kw=dict(norm="layer" if layered else "group", channels=channels, bias=convolution(0, "conv.bias") in tensors, normalise=normalise),
