@@ -107,11 +107,12 @@ def run_fresh(
     threads: int = 1, # threads of torch and of every BLAS in the child
     timeout: float | None = None, # seconds; None waits for ever
     quiet: bool = True, # keep the child's own output back
+    environment: dict | None = None, # variables of the child's own
     **kw, # its keyword arguments
 ) -> Fresh:
     "Run `fn` in a new process. Raises EsslError as `fn` did, RuntimeError with the child's traceback otherwise."
     blob, start = pack(fn, args, kw), time.perf_counter()
-    env = dict(os.environ, **{v: str(threads) for v in THREAD_VARIABLES})
+    env = dict(os.environ, **{v: str(threads) for v in THREAD_VARIABLES}, **(environment or {}))
     with tempfile.TemporaryDirectory() as d:
         out, log = Path(d) / "result.json", open(Path(d) / "log", "w+b")
         sink = log if quiet else None
