@@ -95,8 +95,8 @@ def map_kinds(
     layer: int, # 1 … depth
 ) -> list: # names, "influence" first
     "The kinds of map that a layer can show."
-    mixer, mel = mixer_at(encoder, layer), torch.zeros(1, 16, encoder.frontend.spec.n_mels)
-    x, _, carry = encoder.mixer_inputs(mel, torch.tensor([mel.shape[1]]))[layer - 1]
+    mixer = mixer_at(encoder, layer)
+    x, carry = mixer_input(encoder, torch.zeros(encoder.frontend.spec.rate // 2), layer)
     with torch.no_grad():
         return [INFLUENCE, *own_maps(mixer, x, carry)]
 
