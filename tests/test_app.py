@@ -13,10 +13,12 @@ import soundfile
 
 from essl_nb.app.clips import UNKNOWN, Visits, clip_choices, own_sound
 from essl_nb.app.explorer import create_app
+from essl_nb.app.curves import CurvesFile, curves_message, curves_table
 from essl_nb.app.shelf import Studies
 from essl_nb.core.config import to_json
 from essl_nb.core.files import append_line, write_json
 from essl_nb.core.registry import EsslError
+from essl_nb.eval.curves import PASSES
 from essl_nb.eval.intervals import ratio
 from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.encoder import EncoderConfig, build_encoder
@@ -55,6 +57,19 @@ def make_study(folder: Path, seeds=3, utterances=20, names=None, dims=(32,), shi
                  labels="all", split="test", settings=dict(span_ms=200), also=[])
     what = dict(encoder="some features", mixer=None, family="none", objective=None, seed=None, state="baseline", probe="first question", call="masked_phones", kw={})
     append_line(folder / "rows.jsonl", dict(key="base", kind="score", what=what, value=value, made=dict(seconds=1.0)))
+    return folder
+
+
+def make_curves(folder: Path, names) -> Path:
+    "Rows in the form of measured curves; the numbers are made up: each mixer is linear, and the later its place the later it pays."
+    rival = next(e.name for e in mixers if e.meta.get("baseline"))
+    for place, name in enumerate(names):
+        for width, which, seconds in [(w, p, s) for w in (64, 128) for p in PASSES for s in (1.0, 10.0, 40.0)]:
+            ratio = 1.0 if name == rival else (1 + place) / seconds
+            row = dict(mixer=name, width=width, batch=1, seconds=seconds, frames=round(50 * seconds), family=mixers.get(name).meta["family"], complexity="T", level="mixer", time_s=0.01 * seconds,
+                       time_s_low=0.009 * seconds, time_s_high=0.011 * seconds, ratio=ratio, ratio_low=ratio, ratio_high=ratio, rounds=5, peak_bytes=10**6 * seconds, baseline_peak_bytes=2 * 10**6 * seconds,
+                       macs=10**6 * seconds, made=dict(threads=1, precision="fp32", machine=dict(cpu="a made-up CPU")))
+            append_line(folder / "rows.jsonl", row | {"pass": which})
     return folder
 
 
@@ -130,6 +145,23 @@ def test_intervals_are_drawn_for_what_is_asked(study):
         assert part.value.tolist() == same.value.tolist() and part.low.tolist() == same.low.tolist()
 
 
+def test_curves_that_are_not_there_are_asked_for(tmp_path):
+    with pytest.raises(EsslError, match="essl_curves"):
+        CurvesFile(tmp_path / "curves").read()
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(EsslError, match="no measured point"):
+        CurvesFile(tmp_path).read()
+    assert curves_table(CurvesFile(None), list_mixers()[0]) == ""
+
+
+def test_curves_of_an_unfinished_measurement_can_be_read(tmp_path):
+    file = CurvesFile(make_curves(tmp_path, list_mixers()[:2]))
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()[:1]  # one point, no exponent
+    (tmp_path / "rows.jsonl").write_text(lines[0] + "\n")
+    value, choices, values = curves_message(file, dict(quantity="nothing"), "no such mixer")
+    assert values["width"] == 64 and len(choices["pass"]) == 1 and "<td>–</td>" in curves_table(file, list_mixers()[0])
+
+
 # ---- in a browser -----------------------------------------------------------------------------------------------
 
 def chromium() -> str | None:
@@ -143,6 +175,7 @@ def study(tmp_path_factory) -> Path:
     "An opened study with every mixer in it, and a smaller one of other widths beside it."
     folder = tmp_path_factory.mktemp("studies")
     make_study(folder / "beside_it", seeds=1, names=list_mixers()[:3], dims=(32, 40), ship=False)
+    make_curves(folder / "curves", list_mixers())
     return make_study(folder / "opened")
 
 
@@ -329,6 +362,8 @@ def test_compare_click_card_budget_and_listen(wide, study):
     wide.mouse.move(*point)
     wide.mouse.click(*point)
     wide.wait_for_selector(f"#card h3:has-text('{names[1]}')")
+    assert "[" in wide.locator("#card").inner_text()
+    wide.click("#card summary")
     assert "[" in wide.locator("#card table").last.inner_text()
     wide.fill("#budget-disk_bytes_fp32 input, #budget-disk_bytes_fp32 textarea", "9")
     wide.keyboard.press("Enter")
@@ -404,6 +439,36 @@ def test_another_arrangement_redraws_everything(wide, study):
     wide.wait_for_selector("text=start the explorer with --results")
     choose(wide, "pick-study", "opened")
     wide.wait_for_selector("#compare-view .essl-caption:has-text('equal width')")
+
+
+def test_curves_by_keyboard_and_of_the_chosen_encoder(wide):
+    wide.click("button[role=tab]:has-text('Compare')")
+    shown = "() => { const v = essl.views.curves; return v.payload && v.payload.figure && v.root.dataset.shown === String(v.payload.stamp); }"
+    wide.wait_for_function(shown)
+    name = next(n for n in list_mixers() if not mixers.get(n).meta.get("baseline"))
+    choose(wide, "chosen", name)
+    wide.wait_for_selector(f"#curves-view .essl-finding:has-text('{name.replace('_', ' ')} takes less time')")
+    thick = view_of(wide, "d.figure.data.filter(t => t.meta.role === 'curve' && t.line.width > 2).map(t => t.name)", "curves")
+    assert name in thick and "always" in wide.locator("#card .essl-grows").inner_text()
+    drawn = "() => essl.views.curves.div.data.filter(t => t.meta.role === 'curve' && t.visible !== false).length"
+    before = wide.evaluate(drawn)
+    button = wide.locator("#curves-view .essl-key button").first
+    button.focus()
+    wide.keyboard.press("Enter")
+    wide.wait_for_selector("#curves-view .essl-key button[aria-pressed=false]")
+    assert 0 < wide.evaluate(drawn) < before
+    assert wide.evaluate("() => document.activeElement.closest('#curves-view .essl-key') !== null"), "the focus stays on the key"
+    wide.keyboard.press("Enter")
+    wide.wait_for_function(f"() => ({drawn})() === {before}")
+    choose(wide, "curve-width", "128")
+    wide.wait_for_selector("#curves-view .essl-caption:has-text('width 128')")
+    choose(wide, "curve-quantity", "memory, attention = 1")
+    wide.wait_for_selector("#curves-view .essl-finding:has-text('less memory')")
+    with wide.expect_download() as download:
+        wide.click("#curves-view button:has-text('the numbers')")
+    lines = Path(download.value.path()).read_text().splitlines()
+    assert lines[0].startswith("mixer,family,width") and len(lines) == 1 + 3 * before
+    assert 'load_curves("' in view_of(wide, "d.code", "curves")
 
 
 def test_narrow_dark_and_by_keyboard(browser, address):

@@ -18,7 +18,7 @@ from functools import partial
 import pandas as pd
 
 from .listen import fault
-from .curves import curve_lines, curve_rail, wire_curves
+from .curves import CurvesFile, curves_part, curves_table, wire_curves
 from .figures import COMPARE_HTML
 from .page import message, starter
 from .shelf import Studies, StudyFile, plain_words
@@ -216,7 +216,7 @@ def table_html(caption: str, lines: list) -> str: # HTML
     return f"<table><caption>{html.escape(caption)}</caption>{body}</table>" if lines else ""
 
 
-def card_html(study: StudyFile, encoder: str | None) -> str: # HTML
+def card_html(study: StudyFile, encoder: str | None, curves: CurvesFile, now: str = "") -> str: # HTML; `now` is the score that the figure shows
     "Scores and costs of one encoder, and how its mixer's cost grows with duration."
     rows, costs = scores_of(study.rows()), study.costs()
     mine = study.scores(encoder=encoder, state="pretrained") if encoder in set(rows[rows.state == "pretrained"].encoder) else []
@@ -230,10 +230,10 @@ def card_html(study: StudyFile, encoder: str | None) -> str: # HTML
     training = [c for c in COSTS if c.startswith(("training", "pretrain"))]
     first = mine.iloc[0]
     about = f"{plain_words(first.mixer)}, family: {family_name(first.family)}; {int(mine.seeds.max())} seeds"
-    return (f'<div class="essl-card"><h3>{html.escape(encoder)}</h3><p class="essl-note">{html.escape(about)}</p>'
+    return (f'<div class="essl-card"><h3>{html.escape(encoder)}</h3><p class="essl-note">{html.escape(about)}</p><p class="essl-note">{html.escape(now)}</p>'
             + table_html("In use", lines([c for c in COSTS if c not in training])) + table_html("In training", lines(training))
-            + table_html("As speech gets longer", curve_lines(study, first.mixer))
-            + table_html("Scores, with 95 % intervals over utterances", score_lines) + "</div>")
+            + curves_table(curves, first.mixer)
+            + f"<details><summary>All scores ({len(score_lines)})</summary>{table_html('With 95 % intervals over utterances', score_lines)}</details></div>")
 
 # %% ../../nbs/app/92_compare.ipynb #ed4035dc
 def compare_rail() -> dict: # name -> component
@@ -256,7 +256,7 @@ def compare_rail() -> dict: # name -> component
     return c
 
 # %% ../../nbs/app/92_compare.ipynb #8ca6da17
-def compare_answer(studies: Studies, v: dict, fresh: bool) -> dict: # component's name -> update
+def compare_answer(studies: Studies, curves: CurvesFile, v: dict, fresh: bool) -> dict: # component's name -> update
     "What the tab shows for its values."
     import gradio as gr
 
@@ -272,19 +272,22 @@ def compare_answer(studies: Studies, v: dict, fresh: bool) -> dict: # component'
         measured = known_costs(costs) or list(COSTS)
         cost, chosen = cost if cost in measured else measured[0], chosen if chosen in set(encoders) else None
         untrained = encoders.nunique() <= MANY if fresh else v["untrained"]
-        choices, now, _ = narrow(with_words(scores), v)
+        choices, picked, _ = narrow(with_words(scores), v)
         value, points = compare_message(study, v, cost, v["log"], limits, chosen, untrained)
     except EsslError as e:
         return lists | dict(view=message(dict(finding=str(e), caption="", code="", note="", stamp=time.time_ns())), card="", fault=wrong)
-    lists |= {p: gr.Dropdown(choices=[(plain_words(c), c) for c in choices[p]], value=now[p]) for p in PICKS}
+    here = points[points.encoder == chosen]
+    now = f"Here: {here.value.iloc[0]:.1f} [{here.low.iloc[0]:.1f}, {here.high.iloc[0]:.1f}] %, {plain_words(picked['task'])}, {metric_name(picked['metric'])[:-4]}" if len(here) else ""
+    lists |= {p: gr.Dropdown(choices=[(plain_words(c), c) for c in choices[p]], value=picked[p]) for p in PICKS}
     lists |= dict(cost=gr.Dropdown(choices=cost_choices(measured), value=cost), chosen=gr.Dropdown(choices=list(zip(points.label, points.encoder)), value=chosen))
-    return lists | dict(view=value, untrained=untrained, listen=gr.Button(interactive=bool(chosen)), card=card_html(study, chosen), fault=wrong)
+    return lists | dict(view=value, untrained=untrained, listen=gr.Button(interactive=bool(chosen)), card=card_html(study, chosen, curves, now), fault=wrong)
 
 # %% ../../nbs/app/92_compare.ipynb #b3d9576a
 def compare_tab(studies: Studies) -> dict: # name -> component, "open" among them
     "Build the tab and wire it."
     import gradio as gr
 
+    curves = CurvesFile(studies.beside("curves"))
     with gr.Row(elem_classes="essl-bench"):
         c = compare_rail()
         with gr.Row(elem_classes="essl-answer"):
@@ -293,25 +296,24 @@ def compare_tab(studies: Studies) -> dict: # name -> component, "open" among the
                 c["chosen"] = gr.Dropdown([], label="Encoder", elem_id="chosen")
                 c["listen"] = gr.Button("Listen to it", variant="primary", size="md", elem_id="listen-to-it", interactive=False)
                 c["card"] = gr.HTML("", elem_id="card")
-            curves = curve_rail()
+            second = curves_part()
     budgets = ["budget_" + b for b in BUDGETS]
     names, told = ["study", *PICKS, "cost", "log", "untrained", "chosen", *budgets], ["study", "view", *PICKS, "cost", "untrained", "chosen", "listen", "card", "fault"]
     asked, answers, quiet = [c[n] for n in names], [c[n] for n in told], dict(api_visibility="private", show_progress="hidden")
 
     def refresh(*values, fresh=False):
-        return {c[n]: update for n, update in compare_answer(studies, dict(zip(names, values)), fresh).items()}
+        return {c[n]: update for n, update in compare_answer(studies, curves, dict(zip(names, values)), fresh).items()}
 
     def pick(event: gr.EventData):
         return event._data.get("label")
 
-    begin = partial(refresh, fresh=True)
+    begin, redraw = partial(refresh, fresh=True), []
     for name in names:
         changed = c[name].change if name in budgets else c[name].input
         wait = dict(js="(...all) => { essl.busy('compare', 'Reading the study…'); return all; }") if name == "study" else {}
         done = changed(begin if name == "study" else refresh, asked, answers, trigger_mode="always_last", **wait, **quiet)
-        if name in ("study", "chosen"):
-            wire_curves(done, studies, c, curves)
-    picked = c["view"].pick(pick, None, c["chosen"], **quiet).then(refresh, asked, answers, **quiet)
-    wire_curves(picked, studies, c, curves)
-    c["open"] = lambda app: wire_curves(app.load(begin, asked, answers, **quiet), studies, c, curves)
+        redraw += [done.then] if name in ("study", "chosen") else []
+    redraw.append(c["view"].pick(pick, None, c["chosen"], **quiet).then(refresh, asked, answers, **quiet).then)
+    draw = wire_curves(redraw, studies, curves, c, second)
+    c["open"] = lambda app: draw(app.load(begin, asked, answers, **quiet).then)
     return c

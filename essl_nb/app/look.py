@@ -107,13 +107,16 @@ CARD = """
 .essl-card th {text-align: left; font-weight: 400 !important; padding: 4px 12px 4px 0 !important; border: 0 !important; vertical-align: top;}
 .essl-card td {text-align: right; padding: 4px 0 !important; border: 0 !important; white-space: nowrap; vertical-align: top;}
 .essl-card tr {border: 0; border-top: 1px solid rgba(128, 128, 128, .3) !important;}
+.essl-card .essl-grows td, .essl-grows thead th {padding-left: 8px !important;}
+.essl-card .essl-grows th[scope=colgroup] {text-align: right; padding-right: 0 !important;}
+.essl-card summary {cursor: pointer; font-size: 13px; font-weight: 600; padding: 8px 0;}
 .essl-card h3 {font-size: 16px; font-weight: 600; margin: 0;}
 .essl-answer {display: grid !important; grid-template-columns: minmax(0, 1fr) 320px; gap: 24px !important; align-items: start;}
 .essl-answer > * {min-width: 0 !important; width: 100%;}
 .essl-answer:has(.essl-second) {grid-template-rows: auto 1fr;}
 .essl-answer > .essl-side {grid-row: span 2;}
 .essl-second {gap: 8px !important;}
-.essl-picks > .form {display: grid !important; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px !important; width: 100%;}
+.essl-picks > .form {display: grid !important; grid-template-columns: 3fr 3fr 5fr 6fr; gap: 12px !important; width: 100%;}
 .essl-picks > .form > * {min-width: 0 !important;}
 @media (min-width: 861px) {.essl-bench input[role=combobox] {font-size: 13px !important;}}
 """
@@ -125,6 +128,8 @@ NARROW = """
   .essl-rail > .label-wrap {display: flex; border: 1px solid #8a8a8a; border-radius: 4px; padding: 8px 12px; margin-bottom: 8px;}
   .essl-said {font-size: 18px;}
   .essl-head span {display: none;}
+  .essl-bench .essl-picks input[role=combobox] {font-size: 13px !important; padding-right: 20px !important;}
+  .essl-key:has(button) {gap: 6px;} .essl-key button {padding: 4px 8px;}
   .essl-picks > .form {grid-template-columns: repeat(2, minmax(0, 1fr));}
 }
 @media (prefers-reduced-motion: reduce) {* {transition: none !important; animation: none !important;}}

@@ -62,7 +62,7 @@ E.narrow = (layout, data) => {
   Object.assign(layout.margin, {l: Math.min(layout.margin.l, 46), r: Math.min(layout.margin.r, 40)});
   for (const axis of [layout.xaxis, layout.yaxis]) if (axis.title && axis.title.text) axis.title.text = axis.title.text.replace('  (', '<br>(');
   if (layout.meta && layout.meta.rows) { layout.margin.l = 40; layout.yaxis.title.text = layout.yaxis2.title.text = ''; for (const t of data) if (t.meta && t.meta.role === 'mel') t.showscale = false; }
-  else { layout.margin.b += 16; layout.margin.l += 12; layout.margin.r = 12; }
+  else { layout.margin.b += 16; layout.margin.l += 12; layout.margin.r = data.some(E.isCurve) ? 92 : 12; }
 };
 E.paint = (div, figure) => {
   const data = structuredClone(figure.data).filter(t => !(t.meta && t.meta.role === 'key')), layout = structuredClone(figure.layout), ink = E.dark() ? '#e6e6e6' : '#222', width = div.clientWidth || 600, narrow = width < 560;
@@ -70,7 +70,7 @@ E.paint = (div, figure) => {
   layout.font = {...layout.font, color: ink, size: narrow ? 11 : 13};
   delete layout.title; layout.showlegend = false;
   for (const t of data) if (div.without && div.without.has(t.legendgroup)) t.visible = false;
-  if (layout.annotations) layout.annotations = layout.annotations.filter(a => a.name !== 'label');
+  if (layout.annotations) { const curves = new Set(data.filter(E.isCurve).map(t => t.name)); layout.annotations = layout.annotations.filter(a => a.name !== 'label' && !curves.has(a.text)); }
   layout.height -= layout.margin.t - 8;
   layout.margin.t = 8; layout.width = width;
   E.inkFor(data, layout, ink);

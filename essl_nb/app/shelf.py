@@ -173,6 +173,10 @@ class Studies:
                 self.files.setdefault(p.name, StudyFile(p))
         return [(arrangement(p), p.name) for p in (opened, *beside)]
 
+    def beside(self, name: str) -> Path | None:
+        "A folder beside the opened one, which may not be there; None where no study is open."
+        return None if self.opened.folder is None else self.opened.folder.parent / name
+
     def get(self, key: str | None) -> StudyFile: # the opened one where there is no such key
         "A study by its key."
         return self.files.get(key, self.opened)
