@@ -367,7 +367,7 @@ def crossover(
     "The duration from which each mixer is cheaper than fused attention, in time and in memory."
     table = []
     for key, c in curves.groupby(["mixer", "width", "batch", "pass"], sort=False):
-        long = c[c.peak_ratio.notna()]
+        long = c[np.isfinite(c.peak_ratio.astype(float))]
         memory = crossing(long.seconds, long.peak_ratio) if len(long) else math.nan
         table.append(dict(zip(("mixer", "width", "batch", "pass"), key)) | dict(time=crossing(c.seconds, c.ratio), memory=memory, longest=c.seconds.max()))
     return pd.DataFrame(table)

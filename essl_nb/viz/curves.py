@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from ..core.registry import EsslError, nearest
 from ..eval.cost import baseline_mixer
 from ..eval.curves import ALWAYS, NEVER, ceiling, crossover
+from ..mixers.base import mixers
 from .style import GREY, family_colour, family_key, family_shape, plain
 
 # %% ../../nbs/viz/88_curves.ipynb #746901b4
@@ -52,13 +53,19 @@ def duration_text(seconds: float) -> str:
     return "always" if seconds == ALWAYS else "never here" if seconds == NEVER else f"from {seconds:.2g} s" if seconds < 10 else f"from {seconds:.0f} s"
 
 
-def chosen_curves(curves: pd.DataFrame, width: int, batch: int, which: str, column: str, only) -> pd.DataFrame:
-    "The points of one figure. Raises EsslError where there are none, with what there is."
+def chosen_curves(curves: pd.DataFrame, width: int, batch: int, which: str, column: str, only, families=None) -> pd.DataFrame:
+    "The points of one figure; the control, which costs next to nothing, only where it is asked for. Raises EsslError where there are none, with what there is."
     found = curves[(curves.width == width) & (curves.batch == batch) & (curves["pass"] == which) & curves[column].notna() & (curves[column] > 0)]
     if only is not None:
         if wrong := [n for n in only if n not in set(curves.mixer)]:
             raise EsslError(f"There are no curves of {wrong[0]!r}: {nearest(wrong[0], set(curves.mixer))}.")
         found = found[found.mixer.isin(only)]
+    else:
+        found = found[~found.mixer.isin([e.name for e in mixers if e.meta.get("control")])]
+    if families is not None:
+        if wrong := [f for f in families if f not in set(curves.family)]:
+            raise EsslError(f"There are no curves of the family {wrong[0]!r}: {nearest(wrong[0], set(curves.family))}.")
+        found = found[found.family.isin(families) | (found.mixer == baseline_mixer())]
     if not len(found):
         there = ", ".join(f"width {w} batch {b} {p}" for w, b, p in curves[["width", "batch", "pass"]].drop_duplicates().itertuples(index=False))
         raise EsslError(f"There are no points with width {width}, batch {batch}, {which}; there is: {there or 'nothing yet'}.")
@@ -86,7 +93,8 @@ def curve_figure(
     width: int = 256, # D
     batch: int = 1, # utterances side by side
     which: str = "forward", # or "forward+backward"
-    only=None, # mixers to draw; None: all
+    only=None, # mixers to draw; None: all but the control
+    families=None, # families to draw beside attention; None: all
     chosen: str | None = None, # a mixer to draw in thick
     height: int = 560, # in pixels
     title: str | None = None, # None: what the curves say
@@ -95,7 +103,7 @@ def curve_figure(
     if quantity not in QUANTITIES:
         raise EsslError(f"There is no quantity {quantity!r}: {nearest(quantity, QUANTITIES)}.")
     (column, y_title, factor), baseline = QUANTITIES[quantity], baseline_mixer()
-    rows = chosen_curves(curves, width, batch, which, column, only)
+    rows = chosen_curves(curves, width, batch, which, column, only, families)
     fig, ends, seen = go.Figure(), [], {}
     for name, c in rows.sort_values(["mixer", "seconds"]).groupby("mixer", sort=True):
         family, thick = c.family.iloc[0], name in (baseline, chosen)
@@ -123,7 +131,11 @@ def finish_curves(fig: go.Figure, rows: pd.DataFrame, ends: list, quantity: str,
             fig.add_trace(go.Scatter(x=seconds, y=ceiling(seconds, width), mode="lines", line=dict(color=GREY, dash="dash", width=1.5), name="ceiling of a block's arithmetic", showlegend=False, hovertemplate="ceiling, %{x:g} s: %{y:.2f}<extra></extra>", meta=dict(role="ceiling")))
     room = (high - low or 1.0) * 0.06
     gap = (high - low + 2 * room) * 15 / max(height - 150, 100)
-    for (name, _, family, last), at in zip(ends, spread_out([math.log10(e[1]) for e in ends], gap)):
+    right = 10 ** (math.log10(seconds[-1]) + 0.03)
+    for (name, y, family, last), at in zip(ends, spread_out([math.log10(e[1]) for e in ends], gap)):
+        low, high = min(low, at), max(high, at)
+        if last < seconds[-1] or abs(at - math.log10(y)) > gap / 2:  # the label stands off: lead the eye to it
+            fig.add_trace(go.Scatter(x=[last, right], y=[y, 10**at], mode="lines", line=dict(color=family_colour(family), width=0.7), opacity=0.6, hoverinfo="skip", showlegend=False, meta=dict(role="leader")))
         fig.add_annotation(x=1, xref="paper", xanchor="left", xshift=6, y=at, yref="y", text=name, showarrow=False, font=dict(size=12, color=family_colour(family)))
     fig.update_xaxes(type="log", title_text="duration of speech (s)", tickvals=seconds, ticktext=[f"{s:g}" for s in seconds], range=[math.log10(seconds[0]) - 0.05, math.log10(seconds[-1]) + 0.03])
     return fig.update_yaxes(type="log", title_text=y_title, range=[low - room, high + room], dtick=1 if high - low > 1.2 else None)
