@@ -65,7 +65,7 @@ E.narrow = (layout, data) => {
   else { layout.margin.b += 16; layout.margin.l += 12; layout.margin.r = data.some(E.isCurve) ? 92 : 12; }
 };
 E.paint = (div, figure) => {
-  const data = structuredClone(figure.data).filter(t => !(t.meta && t.meta.role === 'key')), layout = structuredClone(figure.layout), ink = E.dark() ? '#e6e6e6' : '#222', width = div.clientWidth || 600, narrow = width < 560;
+  const data = structuredClone(figure.data).filter(t => !(t.meta && ['key', 'leader'].includes(t.meta.role))), layout = structuredClone(figure.layout), ink = E.dark() ? '#e6e6e6' : '#222', width = div.clientWidth || 600, narrow = width < 560;
   layout.paper_bgcolor = 'rgba(0,0,0,0)';
   layout.font = {...layout.font, color: ink, size: narrow ? 11 : 13};
   delete layout.title; layout.showlegend = false;
