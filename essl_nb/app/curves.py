@@ -84,7 +84,7 @@ def curves_caption(curves: pd.DataFrame, quantity: str) -> str:
     n = f"{rounds[0]} rounds" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]} rounds"
     return (f"One layer of each mixer alone, width {first.width}, batch {first.batch}, {first['pass']}, on {FRAMES} frames a second; median of {n}, each round beside fused attention. Whole blocks stand beside "
             f"a transformer block with attention. {made['machine'].get('cpu', 'CPU')}, {made['threads']} thread{'s' * (made['threads'] > 1)}, {made['precision']}; memory is what one call holds at its peak above weights and input. "
-            + "Dashed: what is left of an attention block's arithmetic when its quadratic part is gone. " * (quantity == FIRST_QUANTITY)
+            + "The ceiling, dashed in grey: what is left of an attention block's arithmetic when its quadratic part is gone. " * (quantity == FIRST_QUANTITY)
             + "It does not show the feed-forward layers and the front end, which cost the same whatever mixes.")
 
 # %% ../../nbs/app/97_curves.ipynb #a89f0e9a

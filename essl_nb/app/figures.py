@@ -108,16 +108,17 @@ E.apart = (wish, gap) => {
 E.endLabels = div => {
   const l = div._fullLayout, x = l.xaxis, y = l.yaxis, at = (a, v) => a.d2p ? a.d2p(v) : a.l2p(v), small = div.clientWidth < 560, gap = small ? 12 : 14;
   const names = new Set(div.data.filter(E.isCurve).map(t => t.name)), ink = E.dark() ? '#e6e6e6' : '#222', grey = E.dark() ? '#b0b0b0' : '#555';
-  const notes = (div.layout.annotations || []).filter(n => !names.has(n.label || n.text));
-  const drawn = div._fullData.filter(t => E.isCurve(t) && t.visible === true && (!small || t.line.width > 2)).map(t => ({t, sx: t.x[t.x.length - 1], sy: t.y[t.y.length - 1]}));
+  const notes = (div.layout.annotations || []).filter(n => n.name !== 'end' && !names.has(n.text));
+  const isCeiling = t => t.meta && t.meta.role === 'ceiling';
+  const drawn = div._fullData.filter(t => t.visible === true && (isCeiling(t) || E.isCurve(t) && (!small || t.line.width > 2))).map(t => ({t, sx: t.x[t.x.length - 1], sy: t.y[t.y.length - 1]}));
   const wish = drawn.map(d => at(y, d.sy)), placed = E.apart(wish, gap), order = placed.map((_, i) => i).sort((i, j) => placed[i] - placed[j]);
   let edge = y._length - 6;
   for (const i of [...order].reverse()) { placed[i] = Math.min(placed[i], edge); edge = placed[i] - gap; }
   edge = 6;
   for (const i of order) { placed[i] = Math.max(placed[i], edge); edge = placed[i] + gap; }
   drawn.forEach((d, i) => {
-    const strong = d.t.line.width > 2, to = x._length - at(x, d.sx) + 18, down = placed[i] - wish[i];
-    notes.push({x: Math.log10(d.sx), y: Math.log10(d.sy), ax: to, ay: down, xanchor: 'left', text: strong ? `<b>${E.plain(d.t.name)}</b>` : E.plain(d.t.name), label: d.t.name, name: 'end', showarrow: true, arrowhead: 0, arrowwidth: 1,
+    const strong = d.t.line.width > 2, name = isCeiling(d.t) ? 'ceiling' : d.t.name, to = x._length - at(x, d.sx) + 18, down = placed[i] - wish[i];
+    notes.push({x: Math.log10(d.sx), y: Math.log10(d.sy), ax: to, ay: down, xanchor: 'left', text: strong ? `<b>${E.plain(name)}</b>` : E.plain(name), label: name, name: 'end', showarrow: true, arrowhead: 0, arrowwidth: 1,
       arrowcolor: d.t.line.color, standoff: 5, borderpad: 0, font: {size: small ? 11 : 12, color: strong ? ink : grey}});
   });
   return Plotly.relayout(div, {annotations: notes});
