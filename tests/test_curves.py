@@ -80,8 +80,9 @@ def test_equal_is_equal_to_itself_and_says_what_cannot_be():
         matched(dataclasses.replace(base, mixer_kw={"num_heads": 10007}), base, "parameters")
     with pytest.raises(EsslError, match="does not fit"):
         matched(dataclasses.replace(base, mixer_kw={"num_heads": 5}), base, "width")
+    without = list_mixers("none")[0]
     with pytest.raises(EsslError, match="smaller baseline"):
-        matched(EncoderConfig(list_mixers("none")[0], depth=1), EncoderConfig(BASE, dim=4096, depth=24), "parameters")
+        matched(EncoderConfig(without, depth=1), EncoderConfig(BASE, dim=4096, depth=24), "parameters")
 
 
 # ---- deployment cards of mixers with a longest utterance --------------------------------------------------------
