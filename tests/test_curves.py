@@ -19,6 +19,7 @@ from essl_nb.models.encoder import EncoderConfig
 from essl_nb.viz.curves import QUANTITIES, curve_figure
 
 BASE = cost.baseline_mixer()
+CONTROL = next(e.name for e in mixers if e.meta.get("control"))
 SMALL = dict(widths=(32,), batches=(1,), passes=("forward",), budget=0.0, least=2, progress=False)
 
 

@@ -122,6 +122,7 @@ def finish_curves(fig: go.Figure, rows: pd.DataFrame, ends: list, quantity: str,
     "Axes, labels at the right end, the line at 1 and the ceiling."
     plain(fig, height=height, title=title, margin=dict(l=64, r=150, t=48, b=48))
     family_key(fig, [e[2] for e in ends])
+    fig.update_layout(title=dict(y=1, yanchor="top", yref="container", pad=dict(l=12, t=12)))  # above the key
     seconds = np.array(sorted(rows.seconds.unique()))
     drawn = np.log10(np.concatenate([np.asarray(t.y, dtype=float) for t in fig.data if (t.meta or {}).get("role") == "curve"]))
     low, high = drawn.min(), drawn.max()
@@ -129,6 +130,7 @@ def finish_curves(fig: go.Figure, rows: pd.DataFrame, ends: list, quantity: str,
         fig.add_hline(y=1, line=dict(color=GREY, width=1))
         if quantity.startswith("time"):
             fig.add_trace(go.Scatter(x=seconds, y=ceiling(seconds, width), mode="lines", line=dict(color=GREY, dash="dash", width=1.5), name="ceiling of a block's arithmetic", showlegend=False, hovertemplate="ceiling, %{x:g} s: %{y:.2f}<extra></extra>", meta=dict(role="ceiling")))
+            ends = [*ends, ("ceiling of a block", float(ceiling(seconds[-1], width)), "none", float(seconds[-1]))]
     room = (high - low or 1.0) * 0.06
     gap = (high - low + 2 * room) * 15 / max(height - 150, 100)
     right = 10 ** (math.log10(seconds[-1]) + 0.03)
