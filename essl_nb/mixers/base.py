@@ -151,6 +151,9 @@ class Mixer(nn.Module):
     def follow(self):
         "Give up what only the first mixer of a stack needs, since the one before hands a carry on."
 
+    def blank_carry(self, batch: int, device=None) -> dict | None: # named tensors (B,…); None where none is needed
+        "A carry of the right shapes for a mixer that follows, for counting."
+
     def init_state(self,
         batch: int, # streams side by side
         *,
@@ -199,7 +202,7 @@ class Mixer(nn.Module):
     def macs(self, T: int) -> float: # multiply-accumulates of one utterance of T frames
         "Count one forward pass (matrix products, convolutions, attention, FFT) without running it."
         twin = copy.deepcopy(self).to("meta", torch.float32)
-        return count_macs(lambda: twin.mix(torch.empty(1, T, self.dim, device="meta")))
+        return count_macs(lambda: twin.mix(torch.empty(1, T, self.dim, device="meta"), None, self.blank_carry(1, "meta")))
 
     def state_bytes(self, T: int) -> int | None: # bytes of one float32 stream; None where the mixer does not stream
         "Size of what a stream remembers after T frames."

@@ -53,7 +53,7 @@ class Luna(Mixer):
         if packed < 1 or num_heads < 1 or dim % num_heads:
             raise EsslError(f"packed={packed}, num_heads={num_heads}, dim={dim} were given: take one slot or more, and a number of heads that goes into dim without rest.")
         self.num_heads, self.carries = num_heads, not causal
-        self.packed = nn.Parameter(torch.randn(packed, dim))
+        self.packed, self.slots = nn.Parameter(torch.randn(packed, dim)), packed
         self.pack_query, self.query_context, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         if not causal:
             self.packed_context, self.packed_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
@@ -62,6 +62,10 @@ class Luna(Mixer):
         "Give up the learnt slots, where the layer before hands on its own."
         if self.carries:
             self.packed = None
+
+    def blank_carry(self, batch: int, device=None) -> dict | None: # {packed: (B,l,D)} where it follows
+        "Slots without contents."
+        return {"packed": torch.zeros(batch, self.slots, self.dim, device=device)} if self.packed is None else None
 
     def split(self, x: Tensor) -> Tensor: # (B,·,D) → (B,H,·,K)
         "Part the features among the heads."
