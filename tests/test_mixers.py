@@ -347,7 +347,7 @@ def test_influence_is_the_norm_of_the_jacobian(name):
     x, mask = small_batch((9, 6))
     exact = mixer.influence(x, mask, probes=None)
     for b in range(2):
-        one = lambda z: mixer(torch.cat([x[:b], z[None], x[b + 1 :]]), mask)[b]
+        one = lambda z: mixer.mix(torch.cat([x[:b], z[None], x[b + 1 :]]), mask)[0][b]
         jacobian = torch.autograd.functional.jacobian(one, x[b])  # (T,D,T,D)
         assert torch.allclose(exact[b], jacobian.square().sum((1, 3)).sqrt(), atol=1e-9)
     some = mixer.influence(x, mask, queries=[7, 2], probes=None)
