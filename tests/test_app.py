@@ -348,7 +348,8 @@ def test_upload_good_and_bad(wide, tmp_path):
         wide.set_input_files("#own input[type=file]", tmp_path / name)
         settled(wide, f"v.payload.said && v.payload.said.startsWith('{name}')")
         assert abs(view(wide, "d.seconds") - seconds) < 0.05 and not wide.locator("#listen-fault .essl-fault").count()
-    assert wide.locator("#start").is_visible() and "hears no more" in wide.locator(".essl-caption").first.inner_text()
+    wide.wait_for_selector("#start", state="visible")
+    assert "hears no more" in wide.locator(".essl-caption").first.inner_text()
     wide.click("label:has-text('a clip of the corpus')")
     settled(wide, "!v.payload.said.startsWith('long.flac')")
 
