@@ -1,0 +1,1 @@
+"""The Light GRU: equations, kernels and layers."""
