@@ -7,6 +7,7 @@ from importlib import import_module
 _HOME = {
     "list_mixers": "mixers.base", "build_mixer": "mixers.base", "check_mixer": "mixers.checks",
     "EncoderConfig": "models.encoder", "build_encoder": "models.encoder", "load_encoder": "models.checkpoint",
+    "LiGRU": "ligru.layer", "SLiGRU": "ligru.layer",
     "load_corpus": "data.corpus", "list_objectives": "ssl.objective",
     "PretrainConfig": "train.loop", "pretrain": "train.loop",
     "list_probes": "eval.probe", "run_probe": "eval.probe",
