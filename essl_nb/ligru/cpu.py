@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RELU', 'LEAKY', 'TANH', 'SINE', 'SHORT', 'Given', 'Kept', 'Share', 'Form', 'activate', 'new_state', 'join_moments',
            'normalise', 'forward_share', 'gate_gradients', 'norm_sums', 'norm_gradients', 'backward_share',
-           'choose_threads', 'run_shares', 'available', 'check_tensors', 'as_given', 'as_form', 'forward', 'backward']
+           'choose_threads', 'run_shares', 'available', 'check_tensors', 'as_given', 'as_form', 'forward',
+           'weight_gradient', 'backward']
 
 # %% ../../nbs/ligru/11_cpu.ipynb #8c66273e
 import math
@@ -19,12 +20,12 @@ from torch import Tensor
 from ..core.registry import EsslError
 from . import cell as reference
 from .cell import ACTIVATIONS, LEAK, check_names
-from .vectors import compiled, exponential, meet, multiply, pack
+from .vectors import Layout, as_frames, as_rows, compiled, exponential, layout_of, meet, multiply, new_rows, pack
 
 # %% ../../nbs/ligru/11_cpu.ipynb #43e6d26f
 class Given(NamedTuple):
     "What comes in."
-    wx: np.ndarray # (T,B,2H)
+    wx: np.ndarray # (T·B,2H)
     h0: np.ndarray # (B,H)
     drop: np.ndarray # (B,H)
     lengths: np.ndarray # (B,)
@@ -34,10 +35,10 @@ class Given(NamedTuple):
 
 class Kept(NamedTuple):
     "What the forward pass leaves; one row to write into where nothing is kept."
-    hs: np.ndarray # (T,B,H)
-    gates: np.ndarray # (T,B,2H)
-    xhat: np.ndarray # (T,B,2H)
-    rstd: np.ndarray # (T,B)
+    hs: np.ndarray # (T·B,H)
+    gates: np.ndarray # (T·B,2H)
+    xhat: np.ndarray # (T·B,2H)
+    rstd: np.ndarray # (T·B,)
 
 
 class Share(NamedTuple):
@@ -122,7 +123,7 @@ def join_moments(share, b, H, form):
 
 
 @compiled
-def normalise(p, t, met, given, kept, share, form):
+def normalise(p, t, met, given, kept, layout, share, form):
     # p (B,≥2n) U h → layer norm over all 2H, gain and bias
     (B, H), low, high, zero = given.h0.shape, share.low, share.high, form.one - form.one
     n = high - low
@@ -138,35 +139,40 @@ def normalise(p, t, met, given, kept, share, form):
         meet(share.counter.ctypes.data, met)
     for b in range(B):
         mean, rstd = join_moments(share, b, H, form)
+        at = t * layout.by_frame + b * layout.by_utterance
         if form.keep and share.index == 0:
-            kept.rstd[t, b] = rstd
+            kept.rstd[at] = rstd
         for half in range(2):
             x, first = p[b, half * n:(half + 1) * n], half * H + low
             gain, bias = given.gain[first:first + n], given.bias[first:first + n]
             for i in range(n):
                 x[i] = (x[i] - mean) * rstd
             if form.keep:
-                kept.xhat[t, b, first:first + n] = x
+                kept.xhat[at, first:first + n] = x
             for i in range(n):
                 x[i] = x[i] * gain[i] + bias[i]
 
 # %% ../../nbs/ligru/11_cpu.ipynb #a5a0df6d
 @compiled
-def forward_share(given, kept, share, form):
+def forward_share(given, kept, layout, share, form):
     # all frames of one thread's units
-    (T, B, _), low, high, met = given.wx.shape, share.low, share.high, 0
+    B, low, high, met, back = layout.batch, share.low, share.high, 0, layout.by_frame
     p = np.empty((B, share.packed.shape[0] * share.packed.shape[2]), given.wx.dtype)
-    for t in range(T):
-        h = kept.hs[t - 1] if t else given.h0
-        multiply(p, h, share.packed, t & 1, form.one)
+    for t in range(layout.frames):
+        if t:
+            multiply(p, kept.hs, (t - 1) * back, layout.by_utterance, share.packed, t & 1, form.one)
+        else:
+            multiply(p, given.h0, 0, 1, share.packed, 0, form.one)
         if form.norm:
             met += share.threads
-            normalise(p, t, met, given, kept, share, form)
+            normalise(p, t, met, given, kept, layout, share, form)
         for b in range(B):
+            at = t * back + b * layout.by_utterance
+            h = kept.hs[at - back] if t else given.h0[b]
             if t < given.lengths[b]:
-                new_state(p[b], given.wx[t, b], h[b], given.drop[b], kept.hs[t, b], kept.gates[t if form.keep else 0, b], low, high, form)
+                new_state(p[b], given.wx[at], h, given.drop[b], kept.hs[at], kept.gates[at if form.keep else 0], low, high, form)
             else:
-                kept.hs[t, b, low:high] = h[b, low:high]
+                kept.hs[at, low:high] = h[low:high]
         if share.threads > 1:
             met += share.threads
             meet(share.counter.ctypes.data, met)
@@ -200,14 +206,14 @@ def gate_gradients(D, gates, h, drop, dG, low, high, form):
 
 
 @compiled
-def norm_sums(t, dwx, given, kept, share, form):
+def norm_sums(t, dwx, given, kept, layout, share, form):
     # own parts of Σ y and Σ y x̂, y = dG gain
     H, n = given.h0.shape[1], share.high - share.low
-    for b in range(given.h0.shape[0]):
-        total, along = form.one - form.one, form.one - form.one
+    for b in range(layout.batch):
+        at, total, along = t * layout.by_frame + b * layout.by_utterance, form.one - form.one, form.one - form.one
         for half in range(2):
             first = half * H + share.low
-            dG, gain, xhat = dwx[t, b, first:first + n], given.gain[first:first + n], kept.xhat[t, b, first:first + n]
+            dG, gain, xhat = dwx[at, first:first + n], given.gain[first:first + n], kept.xhat[at, first:first + n]
             for i in range(n):
                 total += dG[i] * gain[i]
                 along += dG[i] * gain[i] * xhat[i]
@@ -215,18 +221,18 @@ def norm_sums(t, dwx, given, kept, share, form):
 
 
 @compiled
-def norm_gradients(t, dwx, dp, given, kept, share, form):
+def norm_gradients(t, dwx, dp, given, kept, layout, share, form):
     # dP = rstd (y − mean(y) − x̂ mean(y x̂))
     H, n, zero = given.h0.shape[1], share.high - share.low, form.one - form.one
-    for b in range(given.h0.shape[0]):
-        total, along = zero, zero
+    for b in range(layout.batch):
+        at, total, along = t * layout.by_frame + b * layout.by_utterance, zero, zero
         for s in range(share.threads):
             total += share.parts[s, b, 0]
             along += share.parts[s, b, 1]
-        total, along, rstd = total / (2 * H), along / (2 * H), kept.rstd[t, b]
+        total, along, rstd = total / (2 * H), along / (2 * H), kept.rstd[at]
         for half in range(2):
             first = half * H + share.low
-            dG, gain, xhat, to = dwx[t, b, first:first + n], given.gain[first:first + n], kept.xhat[t, b, first:first + n], dp[t, b, first:first + n]
+            dG, gain, xhat, to = dwx[at, first:first + n], given.gain[first:first + n], kept.xhat[at, first:first + n], dp[at, first:first + n]
             for i in range(n):
                 to[i] = rstd * (dG[i] * gain[i] - total - xhat[i] * along)
             if t >= given.lengths[b]:
@@ -234,34 +240,33 @@ def norm_gradients(t, dwx, dp, given, kept, share, form):
 
 # %% ../../nbs/ligru/11_cpu.ipynb #08ecda93
 @compiled
-def backward_share(grad, given, kept, dwx, dp, d, share, form):
-    # grad (T,B,H) dL/dh → dwx, dp (T,B,2H), d (B,H) dL/dh0; for one thread's units
-    (T, B, H), low, high, met, zero = grad.shape, share.low, share.high, 0, form.one - form.one
-    n = high - low
-    du = np.zeros((B, share.packed.shape[0] * share.packed.shape[2]), grad.dtype)  # dP U
-    for back in range(T):
-        t = T - 1 - back
-        h = kept.hs[t - 1] if t else given.h0
-        for b in range(B):
-            D, g, more = d[b, low:high], grad[t, b, low:high], du[b]
+def backward_share(grad, given, kept, dwx, dp, d, layout, share, form):
+    # grad (T·B,H) dL/dh → dwx, dp (T·B,2H), d (B,H) dL/dh0; for one thread's units
+    H, low, high, met, zero = grad.shape[1], share.low, share.high, 0, form.one - form.one
+    n, back = high - low, layout.by_frame
+    du = np.zeros((layout.batch, share.packed.shape[0] * share.packed.shape[2]), grad.dtype)  # dP U
+    for t in range(layout.frames - 1, -1, -1):
+        for b in range(layout.batch):
+            at = t * back + b * layout.by_utterance
+            D, g, more = d[b, low:high], grad[at, low:high], du[b]
             for i in range(n):
                 D[i] += g[i] + more[i]
             if t < given.lengths[b]:
-                gate_gradients(D, kept.gates[t, b], h[b], given.drop[b], dwx[t, b], low, high, form)
+                gate_gradients(D, kept.gates[at], kept.hs[at - back] if t else given.h0[b], given.drop[b], dwx[at], low, high, form)
             else:
-                dwx[t, b, low:high] = zero
-                dwx[t, b, H + low:H + high] = zero
+                dwx[at, low:high] = zero
+                dwx[at, H + low:H + high] = zero
         if form.norm:
-            norm_sums(t, dwx, given, kept, share, form)
+            norm_sums(t, dwx, given, kept, layout, share, form)
             if share.threads > 1:
                 met += share.threads
                 meet(share.counter.ctypes.data, met)
-            norm_gradients(t, dwx, dp, given, kept, share, form)
+            norm_gradients(t, dwx, dp, given, kept, layout, share, form)
         if share.threads > 1:
             met += share.threads
             meet(share.counter.ctypes.data, met)
-        multiply(du, dp[t], share.packed, t & 1, form.one)
-    for b in range(B):
+        multiply(du, dp, t * back, layout.by_utterance, share.packed, t & 1, form.one)
+    for b in range(layout.batch):
         D, more = d[b, low:high], du[b]
         for i in range(n):
             D[i] += more[i]
@@ -305,27 +310,29 @@ def available() -> str | None: # None, or why not
     return None
 
 
-def check_tensors(wx: Tensor) -> None:
+def check_tensors(x: Tensor) -> None:
     "Refuse what the kernel cannot take. Raises EsslError."
-    if wx.device.type != "cpu" or wx.dtype not in (torch.float32, torch.float64):
-        raise EsslError(f"The CPU kernel got {str(wx.dtype).removeprefix('torch.')} on {wx.device.type}; it takes float32 and float64 on cpu. Convert, or use backend='reference'.")
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        raise EsslError(f"The CPU kernel got {str(x.dtype).removeprefix('torch.')} on {x.device.type}; it takes float32 and float64 on cpu. Convert, or use backend='reference'.")
 
 
-def as_given(wx, h0, drop, lengths, gain, bias, H, dtype) -> Given:
+def as_given(wx, h0, drop, lengths, gain, bias, layout: Layout) -> Given:
     "Arrays for the kernel, with ones and zeros for what was not given."
-    B, like = len(h0), h0.new_ones
-    lengths = torch.full((B,), wx.shape[0]) if lengths is None else lengths
-    fill = (like(B, H) if drop is None else drop, lengths.to(torch.int64), like(2 * H) if gain is None else gain, 0 * like(2 * H) if bias is None else bias)
-    return Given(*(x.detach().contiguous().numpy() for x in (wx, h0, *fill)))
+    (B, H), new = h0.shape, h0.new_ones
+    lengths = torch.full((B,), layout.frames) if lengths is None else lengths.to(torch.int64)
+    fill = (new(B, H) if drop is None else drop, lengths, new(2 * H) if gain is None else gain, 0 * new(2 * H) if bias is None else bias)
+    rows = h0.new_empty(0, 2 * H) if wx is None else as_rows(wx, layout)
+    return Given(*(x.detach().contiguous().numpy() for x in (rows, h0, *fill)))
 
 
-def as_form(cell, activation, keep, eps, dtype) -> Form:
+def as_form(cell: str, activation: str, keep: bool, eps: float, dtype: torch.dtype) -> Form:
+    "The cell in the types of its numbers."
     real = np.float32 if dtype == torch.float32 else np.float64
     return Form(cell == "sligru", list(ACTIVATIONS).index(activation), keep, real(1), real(LEAK), real(eps))
 
 
 def forward(
-    wx: Tensor, # (T,B,2H) float32 or float64
+    wx: Tensor, # (T,B,2H) float32 or float64; also as a transposed (B,T,2H)
     u: Tensor, # (2H,H)
     h0: Tensor, # (B,H)
     drop: Tensor | None = None, # (B,H)
@@ -338,23 +345,40 @@ def forward(
     eps: float = 1e-5,
     recompute: bool = False, # keep nothing but the states
     threads: int | None = None, # None: torch's own number
-) -> tuple: # (T,B,H) states; what `backward` needs: gates, and for a SLi-GRU x̂ and 1/std
+) -> tuple: # (T,B,H) states, lying as wx does; what `backward` needs: gates, and for a SLi-GRU x̂ and 1/std
     "`cell.forward`, fast. Raises EsslError for other types and devices."
     check_names(cell, activation)
     check_tensors(wx)
-    (T, B, H2), keep, norm = wx.shape, not recompute, cell == "sligru"
+    (T, B, H2), keep, norm, layout = wx.shape, not recompute, cell == "sligru", layout_of(wx)
     if T < SHORT or not B:
         return reference.forward(wx, u, h0, drop, lengths, gain, bias, cell=cell, activation=activation, eps=eps, recompute=recompute)
-    H, threads = H2 // 2, choose_threads(H2 // 2, threads)
-    new, frames = wx.new_empty, T if keep else 1
-    kept = new(T, B, H), new(frames, B, H2), new(T if keep and norm else 0, B, H2), new(T if keep and norm else 0, B)
-    given, made, form = as_given(wx, h0, drop, lengths, gain, bias, H, wx.dtype), Kept(*(x.numpy() for x in kept)), as_form(cell, activation, keep, eps, wx.dtype)
+    H, rows = H2 // 2, T * B
+    threads, kept, normed = choose_threads(H, threads), rows if keep else 1, rows if keep and norm else 0
+    tables = [new_rows(n, *width, like=wx) for n, width in ((rows, (H,)), (kept, (H2,)), (normed, (H2,)), (normed, ()))]
+    given, made, form = as_given(wx, h0, drop, lengths, gain, bias, layout), Kept(*(x.numpy() for x in tables)), as_form(cell, activation, keep, eps, wx.dtype)
     u = u.detach()
-    rows = lambda low, high: u if threads == 1 else torch.cat([u[low:high], u[H + low:H + high]])
-    run_shares(lambda share: forward_share(given, made, share, form), rows, H, threads, new(threads, B, 2))
-    return kept[0], (kept[1:] if norm else kept[1:2]) if keep else ()
+    weights = lambda low, high: u if threads == 1 else torch.cat([u[low:high], u[H + low:H + high]])
+    run_shares(lambda share: forward_share(given, made, layout, share, form), weights, H, threads, wx.new_empty(threads, B, 2))
+    hs, *kept = (as_frames(x, layout) if len(x) == rows else x for x in tables)
+    return hs, tuple(kept if norm else kept[:1]) if keep else ()
 
-# %% ../../nbs/ligru/11_cpu.ipynb #2aed432f
+# %% ../../nbs/ligru/11_cpu.ipynb #8f29e2b1
+def weight_gradient(
+    dp: Tensor, # (T·B,2H) rows
+    hs: Tensor, # (T·B,H) rows
+    h0: Tensor, # (B,H)
+    layout: Layout,
+) -> Tensor: # (2H,H)
+    "Sum of dPᵀ h over all frames, h the state before."
+    back, first = layout.by_frame, as_frames(dp, layout)[0]
+    at_start = first.clone()
+    if layout.by_utterance > 1:  # the row before a first frame is another utterance's last
+        first.zero_()
+    du = torch.addmm(at_start.T @ h0, dp[back:].T, hs[:len(hs) - back])
+    first.copy_(at_start)
+    return du
+
+
 def backward(
     grad: Tensor, # (T,B,H) dL/dh
     u: Tensor, # (2H,H)
@@ -362,26 +386,28 @@ def backward(
     drop: Tensor | None, # (B,H)
     lengths: Tensor | None, # (B,)
     gain: Tensor | None, # (2H,)
-    hs: Tensor, # (T,B,H)
+    hs: Tensor, # (T,B,H) as `forward` gave them
     kept: tuple, # from `forward`, or from `cell.remake`
     *,
     cell: str = "ligru",
     activation: str = "relu",
     threads: int | None = None, # None: torch's own number
-) -> tuple: # dwx (T,B,2H), du (2H,H), dh0 (B,H), and for a SLi-GRU dgain, dbias (2H,), else None twice
+) -> tuple: # dwx (T,B,2H), lying as hs does; du (2H,H), dh0 (B,H), and for a SLi-GRU with a gain dgain, dbias (2H,), else None twice
     "`cell.backward`, fast. Raises EsslError for other types and devices."
     check_names(cell, activation)
     check_tensors(hs)
-    (T, B, H), norm = hs.shape, cell == "sligru"
+    (T, B, H), norm, layout = hs.shape, cell == "sligru", layout_of(hs)
     if T < SHORT or not B:
         return reference.backward(grad, u, h0, drop, lengths, gain, hs, kept, cell=cell, activation=activation)
-    threads, new = choose_threads(H, threads), hs.new_empty
-    dwx, d = new(T, B, 2 * H), hs.new_zeros(B, H)
-    dp = new(T, B, 2 * H) if norm else dwx
-    gates, xhat, rstd = kept if norm else (*kept, new(0, B, 2 * H), new(0, B))
-    made = Kept(*(x.detach().contiguous().numpy() for x in (hs, gates, xhat, rstd)))
-    given, form = as_given(hs, h0, drop, lengths, gain, None, H, hs.dtype), as_form(cell, activation, True, 0.0, hs.dtype)
-    columns, grad = u.detach().T.contiguous(), grad.contiguous().numpy()
-    run_shares(lambda share: backward_share(grad, given, made, dwx.numpy(), dp.numpy(), d.numpy(), share, form), lambda low, high: columns[low:high], H, threads, new(threads, B, 2))
-    du = dp.view(T * B, 2 * H).T @ torch.cat([h0[None], hs[:-1]]).view(T * B, H)
-    return dwx, du, d, *(((dwx * xhat).sum((0, 1)), dwx.sum((0, 1))) if norm and gain is not None else (None, None))
+    threads, rows = choose_threads(H, threads), T * B
+    dwx, d = new_rows(rows, 2 * H, like=hs), hs.new_zeros(B, H)
+    dp = new_rows(rows, 2 * H, like=hs) if norm else dwx
+    hs, grad, *kept = (as_rows(x, layout) for x in (hs, grad, *kept))
+    gates, xhat, rstd = kept if norm else (*kept, hs[:0], hs[:0, 0])
+    made, given = Kept(*(x.numpy() for x in (hs, gates, xhat, rstd))), as_given(None, h0, drop, lengths, gain, None, layout)
+    form = as_form(cell, activation, True, 0.0, hs.dtype)
+    columns, arrays = u.detach().T.contiguous(), [x.numpy() for x in (dwx, dp, d)]
+    run_shares(lambda share: backward_share(grad.numpy(), given, made, *arrays, layout, share, form), lambda low, high: columns[low:high], H, threads, hs.new_empty(threads, B, 2))
+    du = weight_gradient(dp, hs, h0.detach(), layout)
+    affine = ((dwx * xhat).sum(0), dwx.sum(0)) if norm and gain is not None else (None, None)
+    return as_frames(dwx, layout), du, d, *affine
