@@ -160,6 +160,7 @@ def fit(
     valid: tuple, # mels and phones of the validation clips
     recipe: Recipe,
     *,
+    watch=None, # called with the model at each point of the curve; returns more columns for it
     progress: bool = True,
 ) -> list: # the learning curve: one record for each point
     "Train, and look at valid now and then."
@@ -191,7 +192,7 @@ def fit(
         if epoch + 1 in looks:
             now = listen(model, *valid, batch_seconds=recipe.batch_seconds, bf16=recipe.bf16)
             curve.append(dict(epoch=epoch + 1, train_loss=round(total / len(batches), 4), valid_loss=round(now.loss, 4),
-                valid_per=round(now.per, 4), blank=round(now.blank, 4)))
+                valid_per=round(now.per, 4), blank=round(now.blank, 4)) | (watch(model) if watch else {}))
             bar.set_postfix(valid_per=f"{now.per:.1%}")
     bar.close()
     return curve
