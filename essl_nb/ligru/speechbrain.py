@@ -114,13 +114,13 @@ class SwappedLiGRU(nn.Module):
 
     def masks(self, layer: nn.Module, w: Tensor) -> Tensor | None: # (R·B,H); None: nothing is dropped
         "The dropout masks that SpeechBrain's layer would use now."
-        if not layer.training or not layer.dropout:
+        if not layer.dropout or not (self.exact_masks or layer.training):
             return None
         if not self.exact_masks:
             return drop_mask(w.shape[1], self.hidden_size, layer.dropout, like=w)
         rows = w.new_empty(w.shape[1], 0)  # SpeechBrain looks at the number of rows and the device only
-        layer._change_batch_size(rows)
-        return layer._sample_drop_mask(rows).to(w.dtype)
+        layer._change_batch_size(rows)  # in evaluation too: whether training draws anew depends on it
+        return layer._sample_drop_mask(rows).to(w.dtype) if layer.training else None
 
 
 def swap_ligru(
