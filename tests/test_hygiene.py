@@ -139,7 +139,7 @@ def test_nothing_unpickles(path):
 # ---- a mixer is named in one place ------------------------------------------------------------------------------
 
 # These names are words that other things bear too (a family, a method): they count only where a mixer is meant.
-WORDS = {"attention", "summary", "none", "window", "recurrent", "scan", "hyper"}
+WORDS = {"attention", "summary", "none", "window", "recurrent", "scan", "hyper", "ligru", "sligru"}
 TAKES_A_MIXER = {"build_mixer", "check_mixer", "EncoderConfig"}
 
 

@@ -1,0 +1,495 @@
+"""The Light GRU's operator, layers, and what they give to and take from SpeechBrain. The kernels have tests of their own."""
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import essl_nb.ligru.operator as operator
+from essl_nb.core.registry import EsslError
+from essl_nb.ligru.cell import ACTIVATIONS, CELLS, drop_mask, recurrence
+from essl_nb.ligru.layer import LiGRU, SLiGRU, turned, turning
+from essl_nb.ligru.operator import explain_backend, light_operator, light_recurrence
+
+KINDS = (LiGRU, SLiGRU)
+both_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+names = lambda k: ", ".join(f"{a}={b}" for a, b in k.items()) if isinstance(k, dict) else str(k)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def operands(T=11, B=3, H=5, cell="ligru", dtype=torch.float64):
+    "wx, u, h0, drop, lengths, gain, bias, with an utterance that ends early and one without frames."
+    draw = lambda *shape: torch.randn(*shape, dtype=dtype).div(2).requires_grad_()
+    wx, u, h0 = draw(T, B, 2 * H), draw(2 * H, H), draw(B, H)
+    lengths = torch.tensor([T, T // 2, 0] + [1] * B)[:B]
+    affine = (draw(2 * H), draw(2 * H)) if cell == "sligru" else (None, None)
+    return wx, u, h0, drop_mask(B, H, 0.3, like=h0), lengths, *affine
+
+
+def near(a, b, tolerance=1e-12):
+    return (a - b).abs().max() <= tolerance * (1 + b.abs().max()) if a.numel() else a.shape == b.shape
+
+
+# ---- the operator -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "remade"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_operator_and_all_gradients_are_the_plain_loops(cell, activation, recompute, backend):
+    args = operands(cell=cell)
+    leaves = [a for a in args if a is not None and a.requires_grad]
+    kw = dict(cell=cell, activation=activation)
+    true, mine = recurrence(*args, **kw), light_recurrence(*args, **kw, recompute=recompute, backend=backend)
+    grad = torch.randn_like(true)
+    assert near(mine, true)
+    for a, b in zip(torch.autograd.grad(mine, leaves, grad), torch.autograd.grad(true, leaves, grad)):
+        assert near(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck(cell):
+    args = operands(9, 2, 3, cell)
+    leaves = [a for a in args if a is not None and a.requires_grad]
+    call = lambda wx, u, h0, gain=None, bias=None: light_recurrence(wx, u, h0, *args[3:5], gain, bias, cell=cell, activation="tanh")
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "remade"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell, recompute):
+    for backend in ("reference", "cpu"):
+        args = list(operands(10, 2, 3, cell))
+        args[4] = args[4] if backend == "reference" else None  # what the CPU's loop keeps of an utterance that has ended is never read, and not written
+        torch.library.opcheck(light_operator, (*args, cell, "relu", 1e-5, recompute, backend, None))
+        torch.library.opcheck(light_operator, (*args[:3], None, None, None, None, cell, "relu", 1e-5, recompute, backend, 1))
+
+
+@pytest.mark.parametrize("T, B", [(0, 3), (1, 3), (9, 1), (9, 0), (0, 0)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_operator_takes_few_frames_and_few_utterances(cell, T, B):
+    args = operands(max(T, 1), B, cell=cell)
+    args = (args[0][:T], *args[1:4], torch.full((B,), T), *args[5:])
+    mine, true = light_recurrence(*args, cell=cell), recurrence(*args, cell=cell)
+    assert mine.shape == (T, B, 5) and near(mine, true)
+    mine.sum().backward()
+    assert args[1].grad.shape == args[1].shape
+
+
+def test_operator_takes_what_is_not_contiguous():
+    wx, u, h0, *_ = operands()
+    odd = wx.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
+    wide, row = u.detach().T.contiguous().T.requires_grad_(), h0.detach()[:1].expand(3, -1).requires_grad_()
+    same = [t.detach().contiguous().requires_grad_() for t in (odd, wide, row)]
+    for grad in (torch.randn(3, 5, dtype=torch.double).expand(11, 3, 5), torch.randn(5, 3, 11, dtype=torch.double).permute(2, 1, 0)):
+        a = torch.autograd.grad(light_recurrence(odd, wide, row), (odd, wide, row), grad)
+        b = torch.autograd.grad(recurrence(*same), same, grad)
+        assert all(near(x, y) for x, y in zip(a, b))
+
+
+def test_a_second_derivative_is_refused():
+    wx, u, h0, *_ = operands()
+    g, = torch.autograd.grad(light_recurrence(wx, u, h0).square().sum(), u, create_graph=True)
+    with pytest.raises(EsslError, match="first derivatives only"):
+        torch.autograd.grad(g.sum(), u)
+
+
+def test_backend_says_what_it_takes_and_refuses_by_name(monkeypatch):
+    assert explain_backend("auto", "cpu").name == "cpu" and explain_backend("reference", "cpu", torch.float16).name == "reference"
+    for args, said in ((("cuda", "cpu"), "tensors are on cpu"), (("cpu", "cpu", torch.float16), "float32 and float64, not float16"), (("gpu",), "'gpu'")):
+        with pytest.raises(EsslError, match=said):
+            explain_backend(*args)
+    assert explain_backend("auto", "cpu", torch.bfloat16).why.endswith("not bfloat16")
+    monkeypatch.setattr(operator, "load_backend", lambda name: (None, "it is Sunday"))
+    assert explain_backend("auto", "cpu") == ("reference", "the compiled loop for cpu cannot run: it is Sunday")
+    with pytest.raises(EsslError, match="it is Sunday"):
+        light_recurrence(*operands()[:3], backend="cpu")
+    assert LiGRU(3, 4).took.name == "reference"
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(u=torch.zeros(10, 4).double()), r"u of shape \(10, 4\)"), (dict(h0=torch.zeros(2, 5).double()), "h0"), (dict(drop=torch.zeros(3).double()), "drop"),
+    (dict(lengths=torch.tensor([1, 2])), "lengths"), (dict(lengths=torch.tensor([1, 2, 3]).int()), "int64"), (dict(u=torch.zeros(10, 5)), "one type"),
+    (dict(wx=torch.zeros(3, 9).double()), r"\(T,B,2H\)"), (dict(gain=torch.ones(10).double()), "recurrent layer norm"), (dict(cell="gru"), "'gru'"),
+    (dict(activation="gelu"), "'gelu'")], ids=names)
+def test_operator_refuses(change, said):
+    wx, u, h0, *_ = operands()
+    kw = dict(wx=wx, u=u, h0=h0) | change
+    with pytest.raises(EsslError, match=said):
+        light_recurrence(**kw)
+
+
+# ---- the layers -------------------------------------------------------------------------------------------------
+
+SHAPES = [dict(), dict(num_layers=3), dict(bidirectional=True), dict(num_layers=2, bidirectional=True), dict(num_layers=2, bidirectional=True, shared_directions=True)]
+
+
+def by_hand(layer, x, h0, lengths):
+    "The layers one utterance, one direction at a time, by the plain loop: y (B,T,R·H), h_n."
+    B, T = x.shape[:2]
+    ys, hs = [], []
+    for b in range(B):
+        n, last = int(lengths[b]), []
+        y = x[b : b + 1, :n].transpose(0, 1)  # (n,1,D)
+        for i, ways in enumerate(layer.layers):
+            outs = []
+            for r in range(layer.ways):
+                way, start = ways[min(r, len(ways) - 1)], h0[i * layer.ways + r, b : b + 1]
+                w = way((y.flip(0) if r else y)) if n else y.new_zeros(0, 1, 2 * layer.hidden_size)
+                h = recurrence(w, way.u, start, None, None, way.gain, way.bias, cell=layer.cell, activation=layer.activation)
+                last.append(h[-1] if n else start)
+                outs.append(h.flip(0) if r else h)
+            y = torch.cat(outs, -1)
+        ys.append(torch.cat([y[:, 0], y.new_zeros(T - n, y.shape[-1])]))
+        hs.append(torch.cat(last))
+    return torch.stack(ys), torch.stack(hs, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+@pytest.mark.parametrize("normalization", ["batch", "layer", "none"])
+@both_kinds
+def test_layers_with_padding_are_each_utterance_by_hand(kind, normalization, shape):
+    extra = dict(recurrent_affine=True) if kind is SLiGRU else {}
+    layer = kind(4, 5, normalization=normalization, **shape, **extra).double().eval()
+    for p in layer.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    for way in layer.directions():
+        if normalization == "batch":
+            way.norm.running_mean.normal_(), way.norm.running_var.uniform_(0.5, 2)
+    lengths, x = torch.tensor([12, 7, 1, 0]), torch.randn(4, 12, 4, dtype=torch.double)
+    x[torch.arange(12) >= lengths[:, None]] = torch.nan
+    found = []
+    for run in (lambda x, h: layer(x, h, lengths), lambda x, h: by_hand(layer, x, h, lengths)):
+        given = x.clone().requires_grad_(), torch.linspace(-1, 1, layer.num_layers * layer.ways * 20, dtype=torch.double).view(-1, 4, 5).requires_grad_()
+        y, h_n = run(*given)
+        total = (y * torch.arange(y.numel()).view_as(y).sin()).sum() + (h_n * torch.arange(h_n.numel()).view_as(h_n).cos()).sum()
+        grads = torch.autograd.grad(total, [*given, *layer.parameters()])
+        found.append([y, h_n, *grads])
+    assert y[1, 7:].eq(0).all() and grads[0][1, 7:].eq(0).all()
+    for mine, true in zip(*found):
+        assert near(mine, true, 1e-11)
+
+
+@both_kinds
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+def test_shapes_are_those_of_torchs_gru(kind, shape):
+    for first in (True, False):
+        ours, theirs = kind(4, 5, batch_first=first, **shape), nn.GRU(4, 5, batch_first=first, **{k: v for k, v in shape.items() if k != "shared_directions"})
+        for B, T in ((3, 8), (1, 9), (3, 1)):
+            x = torch.randn(*((B, T) if first else (T, B)), 4)
+            h0 = torch.randn(shape.get("num_layers", 1) * (2 if shape.get("bidirectional") else 1), B, 5)
+            for args in ((x,), (x, h0)):
+                assert [t.shape for t in ours(*args)] == [t.shape for t in theirs(*args)]
+        x = torch.randn(2, 9, 4)
+        whole = copy.deepcopy(ours).eval()
+        whole.batch_first = True
+        assert torch.equal(whole(x)[0], ours.eval()(x if first else x.transpose(0, 1))[0].transpose(0, 0 if first else 1))
+
+
+@both_kinds
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_in_padding_moves_nothing(kind, training):
+    layer = kind(4, 5, 2, bidirectional=True).train(training)
+    lengths, found = torch.tensor([12, 5, 0]), []
+    x = torch.randn(3, 12, 4)
+    for pads in (0.0, 1e3, torch.nan, torch.inf):
+        one = copy.deepcopy(layer)
+        given = torch.where((torch.arange(12) < lengths[:, None])[..., None], x, pads).requires_grad_()
+        y, h_n = one(given, lengths=lengths)
+        (y.sum() + h_n.square().sum()).backward()
+        found.append([y, h_n, given.grad, *(p.grad for p in one.parameters()), *one.buffers()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found[0], other))
+
+
+@both_kinds
+def test_nan_in_a_real_frame_stays_in_its_utterance(kind):
+    layer, x = kind(4, 5, bidirectional=True).eval(), torch.randn(3, 12, 4)
+    y = layer(x)[0]
+    for bad in (torch.nan, torch.inf):
+        spoilt = x.clone()
+        spoilt[1, 6] = bad
+        found = layer(spoilt)[0]
+        assert torch.equal(found[[0, 2]], y[[0, 2]]) and found[1].isnan().any() and torch.equal(found[1, :6, :5], y[1, :6, :5])
+
+
+@both_kinds
+@pytest.mark.parametrize("normalization", ["batch", "layer", "none"])
+def test_a_stream_is_the_whole(kind, normalization):
+    layer, x = kind(4, 5, 3, normalization=normalization).double().eval(), torch.randn(2, 21, 4, dtype=torch.double)
+    whole, h_n = layer(x)
+    for C in (1, 4, 21):
+        state, pieces = layer.init_state(2), []
+        kept = state["h"].clone()
+        for chunk in x.split(C, 1):
+            y, state = layer.step(chunk, state)
+            pieces.append(y)
+        assert near(torch.cat(pieces, 1), whole) and near(state["h"], h_n)
+
+
+def test_dropout_is_one_mask_for_all_frames():
+    layer = LiGRU(4, 64, dropout=0.5, normalization="layer")
+    y = layer(torch.randn(2, 30, 4))[0]
+    silent = (y == 0).all(1)  # a silenced unit starts from 0 and stays there
+    assert 0.3 < silent.float().mean() < 0.7 and not torch.equal(silent[0], silent[1])
+    assert not (layer.eval()(torch.randn(2, 30, 4))[0] == 0).all(1).any()
+
+
+@both_kinds
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+def test_recomputing_changes_nothing(kind, shape):
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layer, x = kind(4, 5, dropout=0.3, recompute=recompute, **shape).double(), torch.randn(3, 10, 4, dtype=torch.double).requires_grad_()
+        y, h_n = layer(x, None, torch.tensor([10, 4, 1]))
+        (y.square().sum() + h_n.sum()).backward()
+        found.append([y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    assert all(near(a, b) for a, b in zip(*found))
+
+
+@both_kinds
+def test_compiles_without_a_break(kind):
+    x, lengths = torch.randn(2, 9, 4), torch.tensor([9, 4])
+    for layer, args in ((kind(4, 5, 2, bidirectional=True), (x,)), (kind(4, 5, normalization="layer"), (x, None, lengths)), (kind(4, 5).eval(), (x, None, lengths))):
+        torch._dynamo.reset()
+        twin = copy.deepcopy(layer)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(*args), twin(*args)):
+            assert near(a, b, 1e-6)
+        compiled(*args)[0].sum().backward()
+        twin(*args)[0].sum().backward()
+        assert all(near(p.grad, q.grad, 1e-5) for p, q in zip(layer.parameters(), twin.parameters()))
+
+
+@both_kinds
+def test_autocast_keeps_the_states_in_float32(kind):
+    layer, x = kind(4, 16, 2, bidirectional=True), torch.randn(2, 20, 4)
+    y = layer(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, h_n = layer(x.bfloat16())
+        half.sum().backward()
+    assert half.dtype == h_n.dtype == torch.float32 and (half - y).norm() < 0.05 * y.norm()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@both_kinds
+def test_meta_device_and_state_dict(kind):
+    layer = kind(4, 5, 2, bidirectional=True)
+    y, h_n = copy.deepcopy(layer).to("meta")(torch.empty(3, 70, 4, device="meta"))
+    assert y.shape == (3, 70, 10) and h_n.shape == (4, 3, 5) and y.is_meta
+    twin = kind(4, 5, 2, bidirectional=True)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 9, 4)
+    assert torch.equal(twin.eval()(x)[0], layer.eval()(x)[0])
+
+
+def test_turning_twice_is_not_turning():
+    lengths, x = torch.tensor([0, 1, 4, 9]), torch.randn(9, 4, 3)
+    rows = turning(lengths, 9)
+    y = turned(x, rows)
+    assert torch.equal(turned(y, rows), x) and torch.equal(y[:4, 2], x[:4, 2].flip(0)) and torch.equal(y[4:, 2], x[4:, 2])
+    assert torch.equal(turned(x, turning(torch.full((4,), 9), 9)), turned(x, turning(None, 9)))
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kw, said", [
+    (dict(input_size=0), "input_size=0"), (dict(hidden_size=-1), "hidden_size"), (dict(num_layers=1.5), "num_layers"), (dict(threads=0), "threads"),
+    (dict(normalization="group"), "'batch', 'layer', 'none'"), (dict(activation="gelu"), "'relu'"), (dict(backend="tpu"), "'auto'"),
+    (dict(dropout=1.0), "below 1"), (dict(shared_directions=True), "bidirectional=True"), (dict(recurrent_affine=True), "Take SLiGRU")], ids=names)
+def test_constructor_refuses(kw, said):
+    with pytest.raises(EsslError, match=said):
+        LiGRU(**{**dict(input_size=4, hidden_size=5), **kw})
+
+
+X = torch.zeros(3, 9, 4)
+
+
+@pytest.mark.parametrize("args, said", [
+    ((X[0],), r"x\[None\]"), ((X[..., :3],), "D=4"), ((X[None],), "D=4"), (([1.0],), "list"), ((X.double(),), "float64"), ((X.long(),), "int64"), ((X.half(),), "float16"),
+    ((X, torch.zeros(1, 2, 5)), r"\(1, 3, 5\)"), ((X, torch.zeros(3, 5)), "h0"), ((X, torch.zeros(1, 3, 5).double()), "h0"),
+    ((X, None, torch.tensor([9, 9, 10])), "9 to 10"), ((X, None, torch.tensor([-1, 9, 9])), "-1 to 9"), ((X, None, torch.tensor([9, 9])), r"\(3,\)"),
+    ((X, None, torch.tensor([9.0, 1, 1])), "integers"), ((X, None, torch.ones(3).bool()), "integers")], ids=lambda a: a if isinstance(a, str) else "")
+def test_layer_refuses(args, said):
+    with pytest.raises(EsslError, match=said):
+        LiGRU(4, 5)(*args)
+
+
+@both_kinds
+def test_layer_refuses_half_on_the_cpu_and_streams_that_cannot_be(kind):
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(EsslError, match="autocast"):
+            kind(4, 5).to(dtype)(X.to(dtype))
+    with pytest.raises(EsslError, match="bidirectional"):
+        kind(4, 5, bidirectional=True).init_state(1)
+    training = kind(4, 5)
+    with pytest.raises(EsslError, match="eval"):
+        training.step(X, training.init_state(3))
+    with pytest.raises(EsslError, match="2 or more"):
+        training(X[:1, :1])
+
+
+@both_kinds
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_in_nothing_out(kind, training):
+    layer = kind(4, 5, 2, bidirectional=True).train(training)
+    h0 = torch.randn(4, 3, 5, requires_grad=True)
+    y, h_n = layer(torch.zeros(3, 0, 4), h0, torch.zeros(3, dtype=torch.int64))
+    assert y.shape == (3, 0, 10) and torch.equal(h_n, h0)
+    y, h_n = layer(torch.zeros(0, 9, 4), lengths=torch.zeros(0, dtype=torch.int64))
+    assert y.shape == (0, 9, 10) and h_n.shape == (4, 0, 5)
+    y, h_n = layer.eval()(torch.randn(3, 9, 4), lengths=[0, 0, 0])
+    assert y.eq(0).all() and h_n.eq(0).all()
+
+
+def test_expanded_and_strided_frames():
+    layer, base = LiGRU(4, 5, bidirectional=True).eval(), torch.randn(1, 12, 8)
+    for x in (base[..., ::2].expand(3, -1, -1), base[:, ::2, 4:], torch.randn(4, 12, 3).permute(2, 1, 0)):
+        assert near(layer(x)[0], layer(x.contiguous())[0], 1e-6)
+
+
+# ---- SpeechBrain ------------------------------------------------------------------------------------------------
+
+def theirs_of(kind, norm="batchnorm", both=True, layers=2, dtype=torch.float64, **kw):
+    rnn = pytest.importorskip("speechbrain.nnet.RNN")
+    word = {"normalization" if kind is LiGRU else "ff_normalization": norm}
+    return getattr(rnn, kind.__name__)(hidden_size=24, input_shape=(3, 20, 8), num_layers=layers, bidirectional=both, **word, **kw).to(dtype)
+
+
+def results(layer, x, hx=None):
+    "Outputs, all gradients and all buffers after a pass, with the same dice."
+    torch.manual_seed(1)
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    output, hh = layer(x, hx)
+    (output.square().sum() + (hh * torch.arange(hh.numel()).view_as(hh).sin()).sum()).backward()
+    return {"output": output, "hh": hh, "x": x.grad, **{n: p.grad for n, p in layer.named_parameters() if p.requires_grad}, **dict(layer.named_buffers())}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("both", [True, False], ids=["two ways", "one way"])
+@pytest.mark.parametrize("norm", ["batchnorm", "layernorm"])
+@both_kinds
+def test_a_swapped_layer_is_speechbrains(kind, norm, both, training, dtype, tolerance):
+    from essl_nb.ligru.speechbrain import swap_ligru
+
+    before = theirs_of(kind, norm, both, dtype=dtype, dropout=0.2).train(training)
+    after = swap_ligru(copy.deepcopy(before))
+    assert list(before.state_dict()) == list(after.state_dict())
+    for B, zeros in ((3, False), (2, False), (2, True)):  # other batch sizes, and masks that go on from where they were
+        before.batch_size = B  # SpeechBrain reshapes hx by it
+        x, hx = torch.randn(B, 12, 8, dtype=dtype), torch.randn((2 if both else 1) * 2, B, 24, dtype=dtype)
+        true, mine = results(before, x, None if zeros else hx), results(after, x, None if zeros else hx)
+        assert true.keys() == mine.keys()
+        rough = 30 if kind is SLiGRU and zeros else 1  # the layer norm of a state near 0 enlarges every rounding
+        for name in true:
+            assert near(mine[name], true[name], rough * tolerance), name
+
+
+@pytest.mark.parametrize("word, affine, bias", [("tanh", True, True), ("sin", False, True), ("leaky_relu", True, False), ("relu", True, True)])
+@both_kinds
+def test_swapped_layers_take_every_option(kind, word, affine, bias):
+    from essl_nb.ligru.speechbrain import swap_ligru
+
+    kw = dict(recurrent_elementwise_affine=affine) if kind is SLiGRU else {}
+    before = theirs_of(kind, nonlinearity=word, bias=bias, **kw)
+    after = swap_ligru(copy.deepcopy(before), backend="reference" if word == "sin" else "auto", recompute=affine)
+    x, hx = torch.randn(3, 20, 8, dtype=torch.double), torch.randn(4, 3, 24, dtype=torch.double)
+    true, mine = results(before, x, hx), results(after, x, hx)
+    assert all(near(mine[n], true[n]) for n in true) and after.took.name == ("reference" if word == "sin" else "cpu")
+
+
+@both_kinds
+def test_swapping_inside_a_model(kind):
+    from essl_nb.ligru.speechbrain import SwappedLiGRU, from_speechbrain, swap_ligru
+
+    inner = theirs_of(kind, layers=1)
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Identity(), inner), "b": inner, "c": theirs_of(kind, both=False)})
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    assert swap_ligru(model, exact_masks=False) is model
+    assert type(model["a"][1]) is SwappedLiGRU and model["a"][1] is model["b"] and {n: id(p) for n, p in model.named_parameters()} == parameters
+    with pytest.raises(EsslError, match="no LiGRU or SLiGRU"):
+        swap_ligru(model)
+    with pytest.raises(EsslError, match="holds 3 Light GRUs"):
+        from_speechbrain(model.state_dict())
+    assert from_speechbrain(model["c"]).num_layers == 2
+
+
+@pytest.mark.parametrize("both, norm", itertools.product([True, False], ["batchnorm", "layernorm"]))
+@both_kinds
+def test_weights_go_to_speechbrain_and_back(kind, both, norm):
+    from essl_nb.ligru.speechbrain import from_speechbrain, to_speechbrain
+
+    kw = dict(recurrent_elementwise_affine=True) if kind is SLiGRU else {}
+    there = theirs_of(kind, norm, both, dropout=0.1, **kw)
+    for p in there.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(3, 20, 8, dtype=torch.double)
+    there(x)  # moves the running statistics
+    here = from_speechbrain(there.eval())
+    assert type(here) is kind and here.dropout == 0.1 and near(here(x)[0], there(x)[0])
+    whole = {f"model.{k}": v for k, v in there.state_dict().items()} | {"other.weight": torch.zeros(1)}
+    from_file = from_speechbrain(whole, cell=here.cell).eval()
+    assert torch.equal(from_file(x)[0], here(x)[0])
+    again = theirs_of(kind, norm, both, **kw)
+    again.load_state_dict(to_speechbrain(from_file))
+    assert torch.equal(again.eval()(x)[0], there(x)[0])
+
+
+def test_what_does_not_fit_speechbrain_is_refused():
+    from essl_nb.ligru.speechbrain import from_speechbrain, to_speechbrain
+
+    with pytest.raises(EsslError, match="share"):
+        to_speechbrain(LiGRU(4, 5, bidirectional=True))
+    with pytest.raises(EsslError, match="none"):
+        to_speechbrain(LiGRU(4, 5, normalization="none"))
+    one = to_speechbrain(LiGRU(4, 5))
+    with pytest.raises(EsslError, match="bidirectional=True or False"):
+        from_speechbrain(one)
+    with pytest.raises(EsslError, match="h_init is not zero"):
+        from_speechbrain(one | {"rnn.0.h_init": torch.ones(1, 5)}, bidirectional=False)
+    with pytest.raises(EsslError, match="cell='ligru' or 'sligru'"):
+        from_speechbrain(to_speechbrain(SLiGRU(4, 5)), bidirectional=False)
+    with pytest.raises(EsslError, match="0 Light GRUs"):
+        from_speechbrain({"weight": torch.zeros(1)})
+
+
+def kaldi_ligru(x, wh, wz, uh, uz, drop):
+    """The bidirectional liGRU layer of 1803.10225, eq. 8 to 12, as PyTorch-Kaldi has it: weights by gate, a batch norm for each gate over the
+    frames of both directions, which share their weights; written from the paper. x (T,B,D)."""
+    T, B = x.shape[:2]
+    x = torch.cat([x, x.flip(0)], 1)  # (T,2B,D)
+    norm = lambda w: (w - w.mean((0, 1))) / (w.var((0, 1), unbiased=False) + 1e-5).sqrt()
+    a, b = norm(x @ wh.T), norm(x @ wz.T)
+    h, hs = x.new_zeros(2 * B, len(wh)), []
+    for t in range(T):
+        z = torch.sigmoid(b[t] + h @ uz.T)
+        candidate = torch.relu(a[t] + h @ uh.T) * drop
+        h = z * h + (1 - z) * candidate
+        hs.append(h)
+    h = torch.stack(hs)
+    return torch.cat([h[:, :B], h[:, B:].flip(0)], 2)
+
+
+def test_pytorch_kaldis_equations_give_the_same(monkeypatch):
+    layer = LiGRU(4, 5, bidirectional=True, shared_directions=True, dropout=0.4).double()
+    x, way = torch.randn(3, 15, 4, dtype=torch.double), layer.layers[0][0]
+    torch.manual_seed(3)
+    drop = drop_mask(6, 5, 0.4, like=x)
+    weights = [w.detach().clone().requires_grad_() for w in (*way.w.weight.chunk(2), *way.u.chunk(2))]
+    true = kaldi_ligru(x.transpose(0, 1), *weights, drop).transpose(0, 1)
+    torch.manual_seed(3)
+    mine = layer(x)[0]
+    assert near(mine, true)
+    true.square().sum().backward()
+    mine.square().sum().backward()
+    assert near(way.w.weight.grad, torch.cat([w.grad for w in weights[:2]])) and near(way.u.grad, torch.cat([w.grad for w in weights[2:]]))
