@@ -292,10 +292,10 @@ def test_meta_device_and_state_dict(kind):
 
 
 def test_turning_twice_is_not_turning():
-    lengths, x = torch.tensor([0, 1, 4, 9]), torch.randn(9, 4, 3)
+    lengths, x = torch.tensor([0, 1, 4, 9]), torch.randn(4, 9, 3)
     rows = turning(lengths, 9)
     y = turned(x, rows)
-    assert torch.equal(turned(y, rows), x) and torch.equal(y[:4, 2], x[:4, 2].flip(0)) and torch.equal(y[4:, 2], x[4:, 2])
+    assert torch.equal(turned(y, rows), x) and torch.equal(y[2, :4], x[2, :4].flip(0)) and torch.equal(y[2, 4:], x[2, 4:])
     assert torch.equal(turned(x, turning(torch.full((4,), 9), 9)), turned(x, turning(None, 9)))
 
 

@@ -216,13 +216,13 @@ def backward(
 
 # %% ../../nbs/ligru/10_cell.ipynb #e6b75f46
 class BatchNorm(nn.BatchNorm1d):
-    "Batch normalisation over the real frames of (T,B,C) (1502.03167), with torch's own parameters and buffers."
+    "Batch normalisation over the real frames of (…,C) (1502.03167), with torch's own parameters and buffers."
 
     def __init__(self, channels: int, momentum: float = 0.05, **kw): # 0.05: the value of 1803.10225
         super().__init__(channels, momentum=momentum, **kw)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        # x (T,B,C), real (T,B) bool or None → (T,B,C), padded frames left as they fall
+        # x (…,C), real (…) bool or None → (…,C), 0 in the padding
         flat = x.reshape(-1, x.shape[-1])
         if not self.training:
             return super().forward(flat).view(x.shape)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..core.registry import EsslError
+from ..core.shapes import lengths_to_mask
 from .cell import NORMALIZATIONS, BatchNorm, check_names, drop_mask
 from .operator import BACKENDS, Choice, explain_backend, light_recurrence
 
@@ -22,26 +23,26 @@ from .operator import BACKENDS, Choice, explain_backend, light_recurrence
 def turning(
     lengths: Tensor | None, # (B,) real frames; None = all
     T: int, # frames
-) -> Tensor | None: # (T·B,) the row of (T·B,C) that each row comes from; None: all frames of all utterances
+) -> Tensor | None: # (B·T,) the row of (B·T,C) that each row comes from; None: all frames of all utterances
     "Where each frame comes from when every utterance is turned round within its own length."
     if lengths is None:
         return None
-    t, b = torch.arange(T, device=lengths.device)[:, None], torch.arange(len(lengths), device=lengths.device)
-    return (torch.where(t < lengths, lengths - 1 - t, t) * len(lengths) + b).flatten()
+    t, b = torch.arange(T, device=lengths.device), torch.arange(len(lengths), device=lengths.device)[:, None]
+    return (torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t) + b * T).flatten()
 
 
 def turned(
-    x: Tensor, # (T,B,C)
+    x: Tensor, # (B,T,C)
     rows: Tensor | None, # from `turning`
-) -> Tensor: # (T,B,C)
+) -> Tensor: # (B,T,C)
     "The real frames in reverse, the padding where it is."
-    return x.flip(0) if rows is None else x.flatten(0, 1).index_select(0, rows).view(x.shape)
+    return x.flip(1) if rows is None else x.flatten(0, 1).index_select(0, rows).view(x.shape)
 
 
 def cleared(
-    x: Tensor, # (T,B,C)
-    real: Tensor | None, # (T,B) bool
-) -> Tensor: # (T,B,C)
+    x: Tensor, # (B,T,C)
+    real: Tensor | None, # (B,T) bool
+) -> Tensor: # (B,T,C)
     "Zeros in the padding, whatever stood there."
     return x if real is None else torch.where(real[..., None], x, x.new_zeros(()))
 
@@ -81,7 +82,7 @@ class Direction(nn.Module):
         if hasattr(self.norm, "reset_parameters"):
             self.norm.reset_parameters()
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor: # (T,B,D), (T,B) → (T,B,2H)
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor: # (B,T,D), (B,T) → (B,T,2H)
         "N(W x) of all frames at once."
         w = self.w(x).to(self.u.dtype)
         with no_autocast(x.device.type):
@@ -220,14 +221,14 @@ class Stack(LightGRU):
     ) -> tuple: # y (B,T,R·H), 0 in the padding; h_n (L·R,B,H), each direction's state after its last real frame
         "Run all layers over a batch. Raises EsslError for what does not fit."
         h0, lengths = check_input(self, x, h0, lengths)
-        x = x.transpose(0, 1) if self.batch_first else x  # (T,B,D)
+        x = x if self.batch_first else x.transpose(0, 1)  # (B,T,D)
         y, last = self.run(x, h0, lengths) if x.shape[0] and x.shape[1] else (h0.new_zeros(*x.shape[:2], self.ways * self.hidden_size), h0)
-        return (y.transpose(0, 1) if self.batch_first else y), last
+        return (y if self.batch_first else y.transpose(0, 1)), last
 
-    def run(self, x: Tensor, h0: Tensor, lengths: Tensor | None) -> tuple: # (T,B,R·H), (L·R,B,H)
-        "All layers, time first, nothing empty."
-        real = None if lengths is None else torch.arange(len(x), device=x.device)[:, None] < lengths  # (T,B)
-        rows = turning(lengths, len(x)) if self.bidirectional else None
+    def run(self, x: Tensor, h0: Tensor, lengths: Tensor | None) -> tuple: # (B,T,R·H), (L·R,B,H)
+        "All layers, batch first, nothing empty."
+        real = None if lengths is None else lengths_to_mask(lengths, x.shape[1])  # (B,T)
+        rows = turning(lengths, x.shape[1]) if self.bidirectional else None
         x, last = cleared(x, real).contiguous(), []
         for ways, h in zip(self.layers, h0.split(self.ways)):
             keys = [drop_mask(h.shape[0] * h.shape[1] // len(ways), self.hidden_size, self.dropout, like=way.u) if self.training and self.dropout else None for way in ways]
@@ -236,21 +237,21 @@ class Stack(LightGRU):
                 found = remembering_less(states, [w.norm for w in ways if isinstance(w.norm, BatchNorm) and self.training], x, h, keys)
             else:
                 found = states(x, h, keys)
-            last += [hs[-1] for hs in found]
-            x = found[0] if len(found) == 1 else torch.cat([found[0], turned(found[1], rows)], -1)  # (T,B,R·H)
+            last += [hs[:, -1] for hs in found]
+            x = found[0] if len(found) == 1 else torch.cat([found[0], turned(found[1], rows)], -1)  # (B,T,R·H)
             x = cleared(x, real)
         return x, torch.stack(last)
 
-    def states(self, ways, x: Tensor, h: Tensor, drops: list, *, lengths, real, rows) -> tuple: # (T,B,H) of each direction, in its own order of time
+    def states(self, ways, x: Tensor, h: Tensor, drops: list, *, lengths, real, rows) -> tuple: # (B,T,H) of each direction, in its own order of time
         "The states of one layer."
         kw = dict(cell=self.cell, activation=self.activation, eps=self.eps, recompute=self.recompute, backend=self.backend, threads=self.threads)
-        wx = [way(x, real) for way in ways]  # (T,B,2H) each
+        loop = lambda w, way, h, drop, lengths: light_recurrence(w.transpose(0, 1), way.u, h, drop, lengths, way.gain, way.bias, **kw).transpose(0, 1)
+        wx = [way(x, real) for way in ways]  # (B,T,2H) each
         if self.shared_directions:
-            both = torch.cat([wx[0], turned(wx[0], rows)], 1)  # (T,2B,2H)
-            twice = None if lengths is None else lengths.repeat(2)
-            return light_recurrence(both, ways[0].u, h.flatten(0, 1), drops[0], twice, ways[0].gain, ways[0].bias, **kw).chunk(2, 1)
+            both = torch.cat([wx[0], turned(wx[0], rows)])  # (2B,T,2H)
+            return loop(both, ways[0], h.flatten(0, 1), drops[0], None if lengths is None else lengths.repeat(2)).chunk(2)
         wx[1:] = [turned(w, rows) for w in wx[1:]]
-        return tuple(light_recurrence(w, way.u, start, drop, lengths, way.gain, way.bias, **kw) for w, way, start, drop in zip(wx, ways, h, drops))
+        return tuple(loop(w, way, start, drop, lengths) for w, way, start, drop in zip(wx, ways, h, drops))
 
     def init_state(self,
         batch: int, # streams side by side
