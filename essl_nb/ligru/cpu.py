@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.registry import EsslError
 from . import cell as reference
 from .cell import ACTIVATIONS, LEAK, check_names
-from .vectors import Layout, as_frames, as_rows, compiled, exponential, layout_of, meet, multiply, new_rows, pack
+from .vectors import Layout, as_frames, as_rows, compiled, exponential, layout_of, meet, multiply, pack
 
 # %% ../../nbs/ligru/11_cpu.ipynb #43e6d26f
 class Given(NamedTuple):
@@ -285,7 +285,7 @@ def choose_threads(
 
 def run_shares(
     work, # called with each Share, in a thread of its own
-    rows, # (low, high) → the weights (N,K) of these units
+    weights, # (low, high) → those of these units, (K,N)
     H: int, # units
     threads: int, # shares
     parts: Tensor, # (threads,B,2)
@@ -293,7 +293,7 @@ def run_shares(
     "Cut the units into shares and run them at the same time."
     cuts, counter = [H * i // threads for i in range(threads + 1)], np.zeros(8, np.int64)
     sizes = np.diff(np.asarray(cuts))
-    shares = [Share(i, threads, low, high, pack(rows(low, high)).numpy(), parts.numpy(), sizes, counter) for i, (low, high) in enumerate(zip(cuts, cuts[1:]))]
+    shares = [Share(i, threads, low, high, pack(weights(low, high)).numpy(), parts.numpy(), sizes, counter) for i, (low, high) in enumerate(zip(cuts, cuts[1:]))]
     others = [threading.Thread(target=work, args=(share,), daemon=True) for share in shares[1:]]
     for other in others:
         other.start()
@@ -354,10 +354,10 @@ def forward(
         return reference.forward(wx, u, h0, drop, lengths, gain, bias, cell=cell, activation=activation, eps=eps, recompute=recompute)
     H, rows = H2 // 2, T * B
     threads, kept, normed = choose_threads(H, threads), rows if keep else 1, rows if keep and norm else 0
-    tables = [new_rows(n, *width, like=wx) for n, width in ((rows, (H,)), (kept, (H2,)), (normed, (H2,)), (normed, ()))]
+    tables = [wx.new_empty(n, *width) for n, width in ((rows, (H,)), (kept, (H2,)), (normed, (H2,)), (normed, ()))]
     given, made, form = as_given(wx, h0, drop, lengths, gain, bias, layout), Kept(*(x.numpy() for x in tables)), as_form(cell, activation, keep, eps, wx.dtype)
     u = u.detach()
-    weights = lambda low, high: u if threads == 1 else torch.cat([u[low:high], u[H + low:H + high]])
+    weights = lambda low, high: (u if threads == 1 else torch.cat([u[low:high], u[H + low:H + high]])).T
     run_shares(lambda share: forward_share(given, made, layout, share, form), weights, H, threads, wx.new_empty(threads, B, 2))
     hs, *kept = (as_frames(x, layout) if len(x) == rows else x for x in tables)
     return hs, tuple(kept if norm else kept[:1]) if keep else ()
@@ -400,14 +400,14 @@ def backward(
     if T < SHORT or not B:
         return reference.backward(grad, u, h0, drop, lengths, gain, hs, kept, cell=cell, activation=activation)
     threads, rows = choose_threads(H, threads), T * B
-    dwx, d = new_rows(rows, 2 * H, like=hs), hs.new_zeros(B, H)
-    dp = new_rows(rows, 2 * H, like=hs) if norm else dwx
+    dwx, d = hs.new_empty(rows, 2 * H), hs.new_zeros(B, H)
+    dp = hs.new_empty(rows, 2 * H) if norm else dwx
     hs, grad, *kept = (as_rows(x, layout) for x in (hs, grad, *kept))
     gates, xhat, rstd = kept if norm else (*kept, hs[:0], hs[:0, 0])
     made, given = Kept(*(x.numpy() for x in (hs, gates, xhat, rstd))), as_given(None, h0, drop, lengths, gain, None, layout)
     form = as_form(cell, activation, True, 0.0, hs.dtype)
-    columns, arrays = u.detach().T.contiguous(), [x.numpy() for x in (dwx, dp, d)]
-    run_shares(lambda share: backward_share(grad.numpy(), given, made, *arrays, layout, share, form), lambda low, high: columns[low:high], H, threads, hs.new_empty(threads, B, 2))
+    u, arrays = u.detach(), [x.numpy() for x in (dwx, dp, d)]
+    run_shares(lambda share: backward_share(grad.numpy(), given, made, *arrays, layout, share, form), lambda low, high: u[:, low:high], H, threads, hs.new_empty(threads, B, 2))
     du = weight_gradient(dp, hs, h0.detach(), layout)
     affine = ((dwx * xhat).sum(0), dwx.sum(0)) if norm and gain is not None else (None, None)
     return as_frames(dwx, layout), du, d, *affine

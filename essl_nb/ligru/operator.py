@@ -161,11 +161,14 @@ def keep_for_backward(ctx, inputs, output):
     ctx.save_for_backward(wx if recompute else None, u, h0, drop, lengths, gain, bias, *output)
     ctx.settings = (*rest, backend, threads)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
 def differentiate(ctx, grad, *unused):
     "Gradients of the operator's tensors; None for its settings."
     wx, u, h0, drop, lengths, gain, bias, *output = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 13
     dwx, du, dh0, dgain, dbias = light_operator_backward(grad, wx, u, h0, drop, lengths, gain, bias, *output, *ctx.settings)
     return dwx, du, dh0, None, None, None if gain is None else dgain, None if bias is None else dbias, *[None] * 6
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VECTOR', 'VECTORS', 'ROWS', 'INT64', 'INT32', 'compiled', 'vector_bytes', 'real_type', 'size_of', 'llvm_call',
            'sum_over_k', 'product_tile', 'multiply_rows', 'multiply', 'pack', 'exponential', 'meet', 'Layout',
-           'layout_of', 'as_rows', 'as_frames', 'new_rows']
+           'layout_of', 'as_rows', 'as_frames']
 
 # %% ../../nbs/ligru/09_vectors.ipynb #cd8b9eea
 import math
@@ -13,8 +13,6 @@ import sys
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
-import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -132,15 +130,15 @@ def multiply(out, a, first, step, packed, from_last, one):
 
 # %% ../../nbs/ligru/09_vectors.ipynb #1cad2a6a
 def pack(
-    weights: Tensor, # (N,K): out = a @ weights.T
+    weights: Tensor, # (K,N) in any order of memory: out = a @ weights
 ) -> Tensor: # (tiles,K,columns), the last tile filled with zeros
     "Weights in the order in which the product reads them."
-    (N, K), columns = weights.shape, VECTORS * VECTOR // weights.element_size()
+    (K, N), columns = weights.shape, VECTORS * VECTOR // weights.element_size()
     whole, rest = divmod(N, columns)
     packed = weights.new_empty(whole + (rest > 0), K, columns)
-    packed[:whole] = weights[:whole * columns].view(whole, columns, K).transpose(1, 2)
+    packed[:whole] = weights[:, :whole * columns].unflatten(1, (whole, columns)).transpose(0, 1)
     if rest:
-        packed[whole, :, :rest], packed[whole, :, rest:] = weights[whole * columns:].T, 0
+        packed[whole, :, :rest], packed[whole, :, rest:] = weights[:, whole * columns:], 0
     return packed
 
 # %% ../../nbs/ligru/09_vectors.ipynb #45177b4f
@@ -223,8 +221,3 @@ def as_frames(
     if layout.by_utterance == 1:
         return rows.view(layout.frames, layout.batch, *rows.shape[1:])
     return rows.view(layout.batch, layout.frames, *rows.shape[1:]).transpose(0, 1)
-
-
-def new_rows(rows: int, *shape, like: Tensor) -> Tensor: # (rows,…), not initialised
-    "A fresh table in large pages."
-    return torch.from_numpy(np.empty((rows, *shape), np.float32 if like.dtype == torch.float32 else np.float64))
