@@ -464,7 +464,7 @@ def test_what_does_not_fit_speechbrain_is_refused():
 
 
 def kaldi_ligru(x, wh, wz, uh, uz, drop):
-    """The bidirectional liGRU layer of 1803.10225, eq. 8 to 12, as PyTorch-Kaldi has it: weights by gate, a batch norm for each gate over the
+    """The bidirectional liGRU layer of 1803.10225 as PyTorch-Kaldi has it: weights by gate, a batch norm for each gate over the
     frames of both directions, which share their weights; written from the paper. x (T,B,D)."""
     T, B = x.shape[:2]
     x = torch.cat([x, x.flip(0)], 1)  # (T,2B,D)
