@@ -1,6 +1,7 @@
 """The Light GRU's operator, layers, and what they give to and take from SpeechBrain. The kernels have tests of their own."""
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -493,3 +494,44 @@ def test_pytorch_kaldis_equations_give_the_same(monkeypatch):
     true.square().sum().backward()
     mine.square().sum().backward()
     assert near(way.w.weight.grad, torch.cat([w.grad for w in weights[:2]])) and near(way.u.grad, torch.cat([w.grad for w in weights[2:]]))
+
+
+# ---- ONNX -------------------------------------------------------------------------------------------------------
+
+ONNX = [dict(), dict(num_layers=2, bidirectional=True), dict(bidirectional=True, shared_directions=True, batch_first=False), dict(normalization="none", activation="tanh"),
+        dict(normalization="layer", activation="sine", num_layers=2), dict(activation="leaky_relu")]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=["float32", "float64"])
+@pytest.mark.parametrize("options", ONNX, ids=names)
+@both_kinds
+def test_onnx_runtime_gives_the_same(kind, options, dtype, tolerance, tmp_path):
+    from essl_nb.ligru.onnx import export_onnx
+
+    runtime = pytest.importorskip("onnxruntime")
+    layer = kind(7, 6, **options, **(dict(recurrent_affine=True) if kind is SLiGRU else {})).to(dtype)
+    for p in layer.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    layer(torch.randn(20, 20, 7, dtype=dtype))
+    layer.eval()
+    there = runtime.InferenceSession(export_onnx(layer, tmp_path / "layer.onnx"), providers=["CPUExecutionProvider"])
+    for lengths in ([12, 5, 1], [12], [12, 0]):
+        B, lengths = len(lengths), torch.tensor(lengths)
+        x, h0 = torch.randn(B, 12, 7, dtype=dtype), torch.randn(layer.num_layers * layer.ways, B, 6, dtype=dtype)
+        x[torch.arange(12) >= lengths[:, None]] = torch.nan
+        x = x if layer.batch_first else x.transpose(0, 1).contiguous()
+        found = there.run(None, {"x": x.numpy(), "h0": h0.numpy(), "lengths": lengths.numpy()})
+        assert all(near(torch.from_numpy(a), b.detach(), tolerance) for a, b in zip(found, layer(x, h0, lengths)))
+
+
+def test_exporting_says_what_is_missing(monkeypatch, tmp_path):
+    from essl_nb.ligru.onnx import export_onnx
+
+    if pytest.importorskip("onnx"):
+        with pytest.raises(EsslError, match="float32 or float64"):
+            export_onnx(LiGRU(3, 4).half(), tmp_path / "a.onnx")
+        with pytest.raises(EsslError, match="GRU of torch.float32"):
+            export_onnx(nn.GRU(3, 4), tmp_path / "a.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(EsslError, match=r"essl_nb\[export\]"):
+        export_onnx(LiGRU(3, 4), tmp_path / "a.onnx")
