@@ -118,7 +118,7 @@ def test_backend_says_what_it_takes_and_refuses_by_name(monkeypatch):
 @pytest.mark.parametrize("change, said", [
     (dict(u=torch.zeros(10, 4).double()), r"u of shape \(10, 4\)"), (dict(h0=torch.zeros(2, 5).double()), "h0"), (dict(drop=torch.zeros(3).double()), "drop"),
     (dict(lengths=torch.tensor([1, 2])), "lengths"), (dict(lengths=torch.tensor([1, 2, 3]).int()), "int64"), (dict(u=torch.zeros(10, 5)), "one type"),
-    (dict(wx=torch.zeros(3, 9).double()), r"\(T,B,2H\)"), (dict(gain=torch.ones(10).double()), "recurrent layer norm"), (dict(cell="gru"), "'gru'"),
+    (dict(wx=torch.zeros(3, 9).double()), r"\(T,B,2H\)"), (dict(gain=torch.ones(10).double()), "recurrent layer norm"), (dict(cell="gated"), "'gated'"),
     (dict(activation="gelu"), "'gelu'")], ids=names)
 def test_operator_refuses(change, said):
     wx, u, h0, *_ = operands()
@@ -502,7 +502,7 @@ ONNX = [dict(), dict(num_layers=2, bidirectional=True), dict(bidirectional=True,
         dict(normalization="layer", activation="sine", num_layers=2), dict(activation="leaky_relu")]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-7)], ids=["float32", "float64"])  # attributes such as epsilon are float32 by the standard
 @pytest.mark.parametrize("options", ONNX, ids=names)
 @both_kinds
 def test_onnx_runtime_gives_the_same(kind, options, dtype, tolerance, tmp_path):
