@@ -1,6 +1,7 @@
 """The Light GRU's operator, layers, and what they give to and take from SpeechBrain. The kernels have tests of their own."""
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_backend_says_what_it_takes_and_refuses_by_name(monkeypatch):
 @pytest.mark.parametrize("change, said", [
     (dict(u=torch.zeros(10, 4).double()), r"u of shape \(10, 4\)"), (dict(h0=torch.zeros(2, 5).double()), "h0"), (dict(drop=torch.zeros(3).double()), "drop"),
     (dict(lengths=torch.tensor([1, 2])), "lengths"), (dict(lengths=torch.tensor([1, 2, 3]).int()), "int64"), (dict(u=torch.zeros(10, 5)), "one type"),
-    (dict(wx=torch.zeros(3, 9).double()), r"\(T,B,2H\)"), (dict(gain=torch.ones(10).double()), "recurrent layer norm"), (dict(cell="gru"), "'gru'"),
+    (dict(wx=torch.zeros(3, 9).double()), r"\(T,B,2H\)"), (dict(gain=torch.ones(10).double()), "recurrent layer norm"), (dict(cell="gated"), "'gated'"),
     (dict(activation="gelu"), "'gelu'")], ids=names)
 def test_operator_refuses(change, said):
     wx, u, h0, *_ = operands()
@@ -464,7 +465,7 @@ def test_what_does_not_fit_speechbrain_is_refused():
 
 
 def kaldi_ligru(x, wh, wz, uh, uz, drop):
-    """The bidirectional liGRU layer of 1803.10225, eq. 8 to 12, as PyTorch-Kaldi has it: weights by gate, a batch norm for each gate over the
+    """The bidirectional liGRU layer of 1803.10225 as PyTorch-Kaldi has it: weights by gate, a batch norm for each gate over the
     frames of both directions, which share their weights; written from the paper. x (T,B,D)."""
     T, B = x.shape[:2]
     x = torch.cat([x, x.flip(0)], 1)  # (T,2B,D)
@@ -493,3 +494,44 @@ def test_pytorch_kaldis_equations_give_the_same(monkeypatch):
     true.square().sum().backward()
     mine.square().sum().backward()
     assert near(way.w.weight.grad, torch.cat([w.grad for w in weights[:2]])) and near(way.u.grad, torch.cat([w.grad for w in weights[2:]]))
+
+
+# ---- ONNX -------------------------------------------------------------------------------------------------------
+
+ONNX = [dict(), dict(num_layers=2, bidirectional=True), dict(bidirectional=True, shared_directions=True, batch_first=False), dict(normalization="none", activation="tanh"),
+        dict(normalization="layer", activation="sine", num_layers=2), dict(activation="leaky_relu")]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-7)], ids=["float32", "float64"])  # attributes such as epsilon are float32 by the standard
+@pytest.mark.parametrize("options", ONNX, ids=names)
+@both_kinds
+def test_onnx_runtime_gives_the_same(kind, options, dtype, tolerance, tmp_path):
+    from essl_nb.ligru.onnx import export_onnx
+
+    runtime = pytest.importorskip("onnxruntime")
+    layer = kind(7, 6, **options, **(dict(recurrent_affine=True) if kind is SLiGRU else {})).to(dtype)
+    for p in layer.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    layer(torch.randn(20, 20, 7, dtype=dtype))
+    layer.eval()
+    there = runtime.InferenceSession(export_onnx(layer, tmp_path / "layer.onnx"), providers=["CPUExecutionProvider"])
+    for lengths in ([12, 5, 1], [12], [12, 0]):
+        B, lengths = len(lengths), torch.tensor(lengths)
+        x, h0 = torch.randn(B, 12, 7, dtype=dtype), torch.randn(layer.num_layers * layer.ways, B, 6, dtype=dtype)
+        x[torch.arange(12) >= lengths[:, None]] = torch.nan
+        x = x if layer.batch_first else x.transpose(0, 1).contiguous()
+        found = there.run(None, {"x": x.numpy(), "h0": h0.numpy(), "lengths": lengths.numpy()})
+        assert all(near(torch.from_numpy(a), b.detach(), tolerance) for a, b in zip(found, layer(x, h0, lengths)))
+
+
+def test_exporting_says_what_is_missing(monkeypatch, tmp_path):
+    from essl_nb.ligru.onnx import export_onnx
+
+    if pytest.importorskip("onnx"):
+        with pytest.raises(EsslError, match="float32 or float64"):
+            export_onnx(LiGRU(3, 4).half(), tmp_path / "a.onnx")
+        with pytest.raises(EsslError, match="GRU of torch.float32"):
+            export_onnx(nn.GRU(3, 4), tmp_path / "a.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(EsslError, match=r"essl_nb\[export\]"):
+        export_onnx(LiGRU(3, 4), tmp_path / "a.onnx")
