@@ -82,11 +82,14 @@ class Direction(nn.Module):
         if hasattr(self.norm, "reset_parameters"):
             self.norm.reset_parameters()
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor: # (B,T,D), (B,T) → (B,T,2H)
-        "N(W x) of all frames at once."
-        w = self.w(x).to(self.u.dtype)
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor: # (B,T,D), (n,) → (B,T,2H)
+        "N(W x) of all frames at once; with `rows`, of these of the B·T alone, and zeros elsewhere."
+        flat = x.flatten(0, 1)
+        w = self.w(flat if rows is None else flat.index_select(0, rows)).to(self.u.dtype)
         with no_autocast(x.device.type):
-            return self.norm(w, real) if isinstance(self.norm, BatchNorm) else self.norm(w)
+            w = self.norm(w)
+        w = w if rows is None else w.new_zeros(len(flat), w.shape[1]).index_copy(0, rows, w)
+        return w.view(*x.shape[:2], -1)
 
 # %% ../../nbs/ligru/13_layer.ipynb #0b4d1559
 def keep_states(context, op, *args, **kw):
@@ -228,11 +231,13 @@ class Stack(LightGRU):
     def run(self, x: Tensor, h0: Tensor, lengths: Tensor | None) -> tuple: # (B,T,R·H), (L·R,B,H)
         "All layers, batch first, nothing empty."
         real = None if lengths is None else lengths_to_mask(lengths, x.shape[1])  # (B,T)
+        counted = real is not None and self.training and self.normalization == "batch"
+        heard = real.flatten().nonzero()[:, 0] if counted else None  # (n,) what batch statistics are of
         rows = turning(lengths, x.shape[1]) if self.bidirectional else None
         x, last = cleared(x, real).contiguous(), []
         for ways, h in zip(self.layers, h0.split(self.ways)):
             keys = [drop_mask(h.shape[0] * h.shape[1] // len(ways), self.hidden_size, self.dropout, like=way.u) if self.training and self.dropout else None for way in ways]
-            states = partial(self.states, ways, lengths=lengths, real=real, rows=rows)
+            states = partial(self.states, ways, lengths=lengths, heard=heard, rows=rows)
             if self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 found = remembering_less(states, [w.norm for w in ways if isinstance(w.norm, BatchNorm) and self.training], x, h, keys)
             else:
@@ -242,11 +247,11 @@ class Stack(LightGRU):
             x = cleared(x, real)
         return x, torch.stack(last)
 
-    def states(self, ways, x: Tensor, h: Tensor, drops: list, *, lengths, real, rows) -> tuple: # (B,T,H) of each direction, in its own order of time
+    def states(self, ways, x: Tensor, h: Tensor, drops: list, *, lengths, heard, rows) -> tuple: # (B,T,H) of each direction, in its own order of time
         "The states of one layer."
         kw = dict(cell=self.cell, activation=self.activation, eps=self.eps, recompute=self.recompute, backend=self.backend, threads=self.threads)
         loop = lambda w, way, h, drop, lengths: light_recurrence(w.transpose(0, 1), way.u, h, drop, lengths, way.gain, way.bias, **kw).transpose(0, 1)
-        wx = [way(x, real) for way in ways]  # (B,T,2H) each
+        wx = [way(x, heard) for way in ways]  # (B,T,2H) each
         if self.shared_directions:
             both = torch.cat([wx[0], turned(wx[0], rows)])  # (2B,T,2H)
             return loop(both, ways[0], h.flatten(0, 1), drops[0], None if lengths is None else lengths.repeat(2)).chunk(2)
