@@ -59,8 +59,8 @@ def light(layer):
 
 
 CELLS = {
-    "ligru": light(LiGRU), "sligru": light(SLiGRU),
-    "gru": lambda *sizes: BothWays(nn.GRU, *sizes), "lstm": lambda *sizes: BothWays(nn.LSTM, *sizes),
+    "LiGRU": light(LiGRU), "SLi-GRU": light(SLiGRU),
+    "GRU": lambda *sizes: BothWays(nn.GRU, *sizes), "LSTM": lambda *sizes: BothWays(nn.LSTM, *sizes),
 }
 
 
@@ -197,7 +197,7 @@ def recognition_table(path="results/ligru/recognition.jsonl") -> pd.DataFrame:
 @call_parse
 def essl_recognise(
     path: str = "results/ligru/recognition.jsonl", # Rows are appended to this file; runs that it holds are not made again
-    cells: str = "ligru,sligru,gru,lstm", # Cells, with commas between
+    cells: str = "LiGRU,SLi-GRU,GRU,LSTM", # Cells, with commas between
     seeds: str = "0", # Seeds, with commas between
     epochs: int = 20, # Passes over the training clips
     lr: float = 2e-3, # Peak learning rate
