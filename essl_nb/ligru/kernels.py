@@ -436,7 +436,7 @@ def report(
     "What the assembler makes of a kernel, without a GPU."
     kernel, rows = maker(device_words(), form), []
     for capability in capabilities:
-        ptx = to_ptx(kernel, signature(kernel, form), capability)
+        ptx = to_ptx(kernel, signature(kernel, form), capability, form.threads)
         counts = {"tensor_core": ptx.count("mma.sync"), "float64": len(re.findall(r"\.f64", ptx)), "calls": len(re.findall(r"^\s*call", ptx, re.M))}
         rows.append({**asdict(form), "kernel": maker.__name__, "sm": 10 * capability[0] + capability[1], "blocks": form.blocks, "held": form.held, **assemble(ptx, capability), **counts})
     return rows
