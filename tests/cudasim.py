@@ -12,6 +12,7 @@ Here are the same words for the simulator. Each CUDA thread is a greenlet; it ru
 
 `seed` draws the order in which threads run; a missing barrier shows as numbers that depend on it.
 """
+import inspect
 import random
 from collections import deque
 from types import SimpleNamespace
@@ -74,7 +75,6 @@ class Thread(greenlet):
             for (thread, _, _), result in zip(here, RESULTS[kind[0] if isinstance(kind, tuple) else kind](here, kind)):
                 thread.result = result
                 self.queue.append(thread)
-            return self.give_way(False)
         return self.give_way(False)
 
     def give_way(self, again=True):
@@ -212,3 +212,26 @@ def run(kernel, grid, threads, args, seed=None):
         raise RuntimeError(f"deadlock: threads wait for others of their block or warp that never come: {stuck}")
     for block in blocks:
         block.release()
+
+
+class Simulator:
+    "An engine for essl_nb.ligru.cuda that runs here."
+
+    piece = 3
+
+    def __init__(self, limits, seed=0, words=WORDS):
+        self.the_limits, self.seed, self.words, self.launched = limits, seed, words, []
+
+    def limits(self, device):
+        return self.the_limits
+
+    def fits(self, maker, form, device):
+        return 1 << 20
+
+    def launch(self, maker, form, grid, args):
+        kernel = maker(self.words, form)
+        self.launched.append((maker.__name__, form, grid, dict(zip(inspect.signature(kernel).parameters, args))))
+        run(kernel, grid, form.threads, [a.detach().view(-1) if isinstance(a, torch.Tensor) else a for a in args], self.seed)
+
+    def record(self, run, device):
+        return run

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['A100', 'H100', 'T4', 'MORE', 'MOST_HELD', 'SYNC', 'L2', 'GATES', 'LAUNCH', 'GPU', 'Limits', 'limits_of', 'registers',
-           'shared_bytes', 'capacity', 'frame_time', 'frames_time', 'Plan', 'check_device', 'candidates', 'plan',
-           'compiled', 'Gpu', 'unavailable', 'plan_on', 'prepare', 'nothing', 'persistent', 'forward', 'remake',
+           'shared_bytes', 'resident', 'capacity', 'frame_time', 'frames_time', 'Plan', 'check_device', 'candidates',
+           'plan', 'compiled', 'Gpu', 'unavailable', 'plan_on', 'prepare', 'nothing', 'persistent', 'forward', 'remake',
            'weight_gradient', 'norm_gradient', 'backward']
 
 # %% ../../nbs/ligru/12_cuda.ipynb #c11e255e
@@ -52,12 +52,17 @@ def limits_of(device) -> Limits: # of a device that is here
 
 # %% ../../nbs/ligru/12_cuda.ipynb #854ddc02
 MORE = {("bf16", "ligru"): 72, ("bf16", "sligru"): 104, ("fp32", "ligru"): 72, ("fp32", "sligru"): 120} # registers beside the weights
-MOST_HELD = {4: 64, 8: 128, 16: 32} # warps of a block → words of weights in a thread
+MOST_HELD = { # warps of a block → words of weights in a thread
+    ("bf16", "ligru"): {4: 64, 8: 64, 16: 32}, ("bf16", "sligru"): {4: 64, 8: 64, 16: 16},
+    ("fp32", "ligru"): {4: 64, 8: 96}, ("fp32", "sligru"): {4: 64, 8: 96},
+}
 
 
 def registers(form: Form) -> int: # of a thread, at most
     "A bound on what the assembler takes."
-    return min(255, 65536 // form.threads // 8 * 8, form.held + MORE[form.precision, form.cell])
+    if form.bounds:
+        return 65536 // (form.bounds[0] * form.bounds[1])
+    return min(255, form.held + MORE[form.precision, form.cell])
 
 
 def shared_bytes(form: Form) -> int: # of a block
@@ -65,10 +70,14 @@ def shared_bytes(form: Form) -> int: # of a block
     return 4 * (form.warps * form.tiles * 128 + 2 * form.rows)
 
 
+def resident(form: Form, limits: Limits, taken: int) -> int:
+    "Blocks of one processor, by registers, threads and shared memory, if a thread takes so many registers."
+    return min(limits.registers // (-(-taken // 8) * 8 * form.threads), limits.threads // form.threads, limits.shared // shared_bytes(form), 16)
+
+
 def capacity(form: Form, limits: Limits) -> int:
-    "Blocks that a GPU holds at once, by registers, threads and shared memory."
-    each = min(limits.registers // (-(-registers(form) // 8) * 8 * form.threads), limits.threads // form.threads, limits.shared // shared_bytes(form), 16)
-    return each * limits.processors
+    "Blocks that a GPU holds at once."
+    return resident(form, limits, registers(form)) * limits.processors
 
 # %% ../../nbs/ligru/12_cuda.ipynb #4ae51392
 SYNC, L2, GATES, LAUNCH = 0.9, 0.25, 0.15, 2.5 # µs: a release seen elsewhere; a read of the second cache; gates and shared memory; a launch in a graph
@@ -124,9 +133,9 @@ def check_device(limits: Limits, precision: str) -> None: # raises EsslError
 
 def candidates(base: Form):
     "Forms that differ in warps and tiles."
-    for warps in MOST_HELD:
+    for warps, most in MOST_HELD[base.precision, base.cell].items():
         for tiles in (1, 2, 4):
-            if base.units * 8 * tiles <= 32 * warps and (form := replace(base, warps=warps, tiles=tiles)).held <= MOST_HELD[warps]:
+            if base.units * 8 * tiles <= 32 * warps and (form := replace(base, warps=warps, tiles=tiles)).held <= most:
                 yield form
 
 # %% ../../nbs/ligru/12_cuda.ipynb #c8bcb5a6
@@ -145,7 +154,7 @@ def plan(
     "Choose a kernel, its tiles and its launches: the quickest by the estimate above."
     light.check_names(cell, activation)
     check_device(limits, precision)
-    base, found, most = Form(hidden, 16, 1, precision, cell, activation, backward, keep or backward), [], 0
+    base, found, most = Form(hidden, 8, 1, precision, cell, activation, backward, keep or backward), [], 0
     for form in candidates(base):
         fits, tiles = capacity(form, limits), ceil(batch / form.rows)
         most = max(most, fits)
@@ -154,7 +163,7 @@ def plan(
             launches = ceil(tiles / at_once)
             grid = form.blocks, ceil(tiles / launches), directions
             found.append(Plan("persistent", form, grid, launches, fits, registers(form), shared_bytes(form), launches * frame_time(form, grid, limits), ""))
-    frames = Plan("frames", replace(base, warps=8), (batch * directions, 1, 1), 1, 0, 0, 32, frames_time(hidden, batch * directions, limits), "")
+    frames = Plan("frames", base, (batch * directions, 1, 1), 1, 0, 0, 32, frames_time(hidden, batch * directions, limits), "")
     if not found:
         return replace(frames, reason=f"{base.blocks * directions} blocks have to run at once to hold the weights of {directions} × {hidden} units in {precision}; {limits.name} holds {most} at most")
     best = min(found, key=lambda p: p.frame_us)
@@ -170,11 +179,13 @@ def compiled(maker, form: Form, device: int):
 
     kernel = maker(device_words(), form)
     with cuda.gpus[device]:
-        return cuda.jit(signature(kernel, form), launch_bounds=form.threads)(kernel)
+        return cuda.jit(signature(kernel, form), launch_bounds=form.bounds)(kernel)
 
 
 class Gpu:
     "Kernels on an NVIDIA GPU, on PyTorch's current stream."
+
+    piece = 32 # frames in a recording of the fall-back
 
     def limits(self, device: torch.device) -> Limits:
         return limits_of(device)
@@ -290,7 +301,7 @@ def forward(
     if not T or not N:
         return hs, kept
     if p.kind == "frames":
-        forward_frames(p.form, engine, wx, u, h0, drop, lengths, gain, bias, hs, kept, eps)
+        forward_frames(p.form, engine, wx, u, h0, drop, lengths, gain, bias, hs, kept, eps, engine.piece)
     else:
         arrays = [*kept, *[nothing(wx)] * (3 - len(kept))]
         persistent(p, engine, u, [wx, h0, drop, lengths, gain, bias], [hs, *arrays], T, N // R, [float(eps)])
@@ -339,7 +350,7 @@ def backward(
     engine=None, # the GPU
 ) -> tuple: # dwx (T,R*B,2H), du as u, dh0 (R*B,H), and for a SLi-GRU dgain and dbias, else None twice; float32; raises EsslError
     "The same from the last frame to the first."
-    shape, (given, first) = u.shape, (gain, h0)
+    shape, given = u.shape, gain
     u, h0, drop, lengths, gain, _, engine = prepare(grad, 1, u, h0, drop, lengths, gain, None, engine)
     (R, _, H), (T, N, _), norm, grad, hs = u.shape, grad.shape, cell == "sligru", grad.detach().float().contiguous(), hs.detach().float().contiguous()
     p = plan_on(grad.device, engine, H, N // R, precision, directions=R, cell=cell, activation=activation, backward=True)
@@ -348,7 +359,7 @@ def backward(
     if not T or not N:
         return dwx, torch.zeros_like(u).view(shape), dh0, *((torch.zeros_like(gain if len(shape) == 3 else gain[0]),) * 2 if norm else (None, None))
     if p.kind == "frames":
-        backward_frames(p.form, engine, grad, u, h0, drop, lengths, gain, hs, kept, dwx, dp, dh0)
+        backward_frames(p.form, engine, grad, u, h0, drop, lengths, gain, hs, kept, dwx, dp, dh0, engine.piece)
     else:
         arrays = [*kept, *[nothing(grad)] * (3 - len(kept)), dwx, dp if norm else nothing(grad), dh0]
         persistent(p, engine, u, [grad, h0, drop, lengths, gain], [hs, *arrays], T, N // R, [])

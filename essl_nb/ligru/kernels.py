@@ -51,6 +51,10 @@ class Form:
     def held(self) -> int: return 8 * self.stretches # words of weights in the registers of a thread
     @property
     def row_words(self) -> int: return 16 * self.warps * self.stretches # 32-bit words of one utterance's state in the buffer
+    @property
+    def bounds(self): # threads of a block and blocks of a processor, for the assembler to share out registers by; None: as many as it likes
+        tight = self.precision == "bf16" and self.held <= 32 and (self.cell == "sligru" or self.warps > 8)
+        return (self.threads, max(1, 512 // self.threads)) if tight else None
 
     def __post_init__(self):
         if self.units * self.rows > self.threads:
@@ -436,7 +440,7 @@ def report(
     "What the assembler makes of a kernel, without a GPU."
     kernel, rows = maker(device_words(), form), []
     for capability in capabilities:
-        ptx = to_ptx(kernel, signature(kernel, form), capability, form.threads)
+        ptx = to_ptx(kernel, signature(kernel, form), capability, form.bounds)
         counts = {"tensor_core": ptx.count("mma.sync"), "float64": len(re.findall(r"\.f64", ptx)), "calls": len(re.findall(r"^\s*call", ptx, re.M))}
         rows.append({**asdict(form), "kernel": maker.__name__, "sm": 10 * capability[0] + capability[1], "blocks": form.blocks, "held": form.held, **assemble(ptx, capability), **counts})
     return rows

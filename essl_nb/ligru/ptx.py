@@ -144,7 +144,7 @@ def to_ptx(
     kernel, # a Python function
     signature: tuple, # Numba types of its arguments
     capability: tuple, # (8, 0) for sm_80
-    threads: int = 1024, # of a block, at most: with more, fewer registers are left for each
+    bounds: tuple | None = None, # threads of a block at most, blocks of a processor at least: they share its registers
 ) -> str: # raises EsslError
     "Compile a kernel without a GPU."
     need_numba_cuda()
@@ -153,7 +153,7 @@ def to_ptx(
 
     before, dispatcher.get_current_device = dispatcher.get_current_device, lambda: SimpleNamespace(compute_capability=capability)
     try:
-        return cuda.compile(kernel, signature, cc=capability, device=False, abi="numba", output="ptx", launch_bounds=threads)[0]
+        return cuda.compile(kernel, signature, cc=capability, device=False, abi="numba", output="ptx", launch_bounds=bounds)[0]
     finally:
         dispatcher.get_current_device = before
 

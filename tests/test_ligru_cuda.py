@@ -1,0 +1,386 @@
+"""The GPU kernels of the Light GRU: in a simulator, through the assembler, and, where there is one, on a GPU."""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import cudasim
+import pytest
+import torch
+
+from essl_nb.core.registry import EsslError
+from essl_nb.ligru import cell, cuda
+from essl_nb.ligru.cuda import A100, H100, T4, Plan, capacity, plan, registers, resident
+from essl_nb.ligru.frames import backward_frame, forward_frame
+from essl_nb.ligru.kernels import KERNELS, Form, pack_weights, report
+from essl_nb.ligru.ptx import find_ptxas
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = json.loads((ROOT / "results/ligru_ptx.json").read_text())["kernels"]
+compiles = pytest.mark.skipif(find_spec("numba_cuda") is None or find_ptxas() is None, reason="needs numba-cuda and ptxas: pip install 'essl_nb[cuda]' nvidia-cuda-nvcc")
+NONE = replace(A100, name="a GPU without registers", registers=0)
+ALL = ("wx", "u", "h0", "gain", "bias")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def problem(H, B, T, R=1, name="ligru", activation="relu", device="cpu", lengths=True, drop=True):
+    "Random inputs, utterances of all lengths from 0 to T, NaN in what is padding."
+    x = SimpleNamespace(H=H, B=B, T=T, R=R, name=name, activation=activation, gain=None, bias=None, drop=None, lengths=None)
+    x.wx, x.u, x.h0, x.grad = torch.randn(T, R * B, 2 * H), torch.randn(R, 2 * H, H) / H**0.5, torch.randn(R * B, H), torch.randn(T, R * B, H)
+    if drop:
+        x.drop = (torch.rand(R * B, H) > 0.3).float() / 0.7
+    if lengths:
+        x.lengths = torch.randint(0, T + 1, (R * B,))
+        x.lengths[0], x.lengths[-1] = 0, T
+        x.wx[torch.arange(T)[:, None] >= x.lengths] = float("nan")
+    if name == "sligru":
+        x.gain, x.bias = 1 + 0.2 * torch.randn(R, 2 * H), 0.1 * torch.randn(R, 2 * H)
+    for k, v in vars(x).items():
+        if isinstance(v, torch.Tensor):
+            setattr(x, k, v.to(device))
+    return x
+
+
+def truth(x):
+    "States and all gradients by autograd through the plain loop in float64."
+    hs, found = [], []
+    for r in range(x.R):
+        q = slice(r * x.B, (r + 1) * x.B)
+        a = [v.double().requires_grad_() for v in (torch.nan_to_num(x.wx[:, q]), x.u[r], x.h0[q], *([x.gain[r], x.bias[r]] if x.gain is not None else []))]
+        norm = a[3:] or (None, None)
+        h = cell.recurrence(*a[:3], None if x.drop is None else x.drop[q].double(), None if x.lengths is None else x.lengths[q], *norm, cell=x.name, activation=x.activation)
+        hs.append(h.detach())
+        found.append(torch.autograd.grad(h, a, x.grad[:, q].double()))
+    join = (lambda v: torch.cat(v, 1), torch.stack, torch.cat, torch.stack, torch.stack)
+    return torch.cat(hs, 1), [f(list(v)) for f, v in zip(join, zip(*found))]
+
+
+def both_ways(x, engine, precision="fp32", recompute=False):
+    "States, what was kept, and gradients by the code for the GPU."
+    kw = dict(cell=x.name, activation=x.activation, precision=precision, engine=engine)
+    hs, kept = cuda.forward(x.wx, x.u, x.h0, x.drop, x.lengths, x.gain, x.bias, recompute=recompute, **kw)
+    if recompute:
+        assert kept == ()
+        kept = cuda.remake(x.wx, x.u, x.h0, x.gain, x.bias, hs, cell=x.name, activation=x.activation, precision=precision)
+    return hs, kept, cuda.backward(x.grad, x.u, x.h0, x.drop, x.lengths, x.gain, hs, kept, **kw)
+
+
+def error(a, b):
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1))
+
+
+def agree(x, found, tolerance):
+    hs, _, grads = found
+    true, wanted = truth(x)
+    assert error(hs, true) < tolerance, "states"
+    for what, a, b in zip(ALL, grads, wanted):
+        assert error(a, b) < tolerance, what
+    if x.lengths is not None:
+        assert (grads[0][torch.arange(x.T, device=hs.device)[:, None] >= x.lengths] == 0).all()
+
+
+@pytest.fixture
+def shaped(monkeypatch):
+    "Make the plan take these warps and tiles, forwards and backwards (twice as many warps), and so many tiles of utterances at once."
+    def shape(warps, tiles, at_once=99):
+        def chosen(device, engine, hidden, batch, precision, directions=1, backward=False, keep=True, **kw):
+            form = Form(hidden, 2 * warps if backward else warps, tiles, precision, backward=backward, keep=keep or backward, **kw)
+            groups = -(-batch // form.rows)
+            launches = -(-groups // min(groups, at_once))
+            return Plan("persistent", form, (form.blocks, -(-groups // launches), directions), launches, 0, 0, 0, 0, "")
+
+        monkeypatch.setattr(cuda, "plan_on", chosen)
+
+    return shape
+
+
+# ---- the simulator ----------------------------------------------------------------------------------------------
+
+def test_the_simulator_rounds_as_bfloat16_does():
+    x = torch.cat([torch.randn(200), 1 + torch.arange(64) / 512, torch.tensor([0.0, -0.0, 3e38, 1e-40])]).view(-1, 2)
+    words = torch.tensor([int(cudasim.pack(*row)) for row in x.numpy()], dtype=torch.int32)
+    assert torch.equal(words.view(torch.bfloat16), x.bfloat16().flatten())
+
+
+@pytest.mark.parametrize("lost", ["wait", "arrive", "syncthreads"])
+def test_the_simulator_would_notice_a_lost_barrier(shaped, lost):
+    shaped(2, 1)
+    words = SimpleNamespace(**vars(cudasim.WORDS))
+    if lost == "wait":
+        words.reached = lambda count, i: 1 << 30
+    elif lost == "arrive":
+        words.arrive = lambda count, i: None
+    else:
+        words.cuda = type("Cuda", (cudasim.Cuda,), {"syncthreads": lambda self: None})()
+    x, wrong = problem(20, 3, 4, activation="tanh"), False
+    try:
+        wrong = not error(both_ways(x, cudasim.Simulator(H100, 1, words))[0], truth(x)[0]) < 1e-5
+    except RuntimeError as e:
+        wrong = "deadlock" in str(e) or "meet" in str(e)
+    assert wrong
+
+
+def test_the_order_of_threads_does_not_matter(shaped):
+    shaped(2, 1)
+    x = problem(20, 3, 3, name="sligru", activation="tanh")
+    first, *others = [both_ways(x, cudasim.Simulator(H100, seed)) for seed in (None, 0, 1)]
+    for other in others:
+        assert torch.equal(first[0], other[0]) and all(torch.equal(a, b) for a, b in zip(first[2], other[2]))
+
+
+# ---- the kernels in it ------------------------------------------------------------------------------------------
+
+SHAPES = { # hidden, batch, frames, directions, warps, tiles, tiles of utterances at once
+    "one_block": (8, 2, 3, 1, 2, 1, 99), "ragged": (21, 11, 4, 1, 2, 1, 99), "two_ways": (17, 3, 3, 2, 2, 1, 99),
+    "wide_tile": (20, 13, 3, 1, 4, 2, 99), "deep": (72, 2, 2, 1, 2, 1, 99), "in_turns": (12, 19, 2, 2, 2, 1, 2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", cell.CELLS)
+def test_float32_is_the_truth_in_every_shape(shaped, name, shape):
+    H, B, T, R, *rest = shape
+    shaped(*rest)
+    x = problem(H, B, T, R, name, "tanh")
+    agree(x, both_ways(x, cudasim.Simulator(H100)), 1e-5)
+
+
+@pytest.mark.parametrize("activation", cell.ACTIVATIONS)
+@pytest.mark.parametrize("name", cell.CELLS)
+def test_float32_is_the_truth_for_every_activation(shaped, name, activation):
+    shaped(2, 1)
+    x = problem(20, 4, 4, 1, name, activation)
+    engine = cudasim.Simulator(H100)
+    found = both_ways(x, engine)
+    agree(x, found, 1e-5)
+    again = both_ways(x, engine, recompute=True)
+    agree(x, again, 1e-5)
+    real = slice(None) if x.lengths is None else torch.arange(x.T)[:, None] < x.lengths
+    assert all(error(a[real], b[real]) < 1e-5 for a, b in zip(again[1], found[1]))
+
+
+def test_without_mask_lengths_gain_and_a_direction_of_its_own(shaped):
+    shaped(2, 1)
+    x = problem(9, 2, 3, name="sligru", lengths=False, drop=False)
+    x.gain = x.bias = None
+    kw = dict(cell="sligru", activation="relu", engine=cudasim.Simulator(H100))
+    hs, kept = cuda.forward(x.wx, x.u[0], x.h0, **kw)
+    grads = cuda.backward(x.grad, x.u[0], x.h0, None, None, None, hs, kept, **kw)
+    true, kept = cell.forward(x.wx, x.u[0], x.h0, cell="sligru")
+    wanted = cell.backward(x.grad, x.u[0], x.h0, None, None, None, true, kept, cell="sligru")
+    assert error(hs, true) < 1e-5 and all(a.shape == b.shape and error(a, b) < 1e-5 for a, b in zip(grads, wanted))
+
+
+def test_directions_may_share_a_gain(shaped):
+    shaped(2, 1)
+    x = problem(9, 2, 3, 2, name="sligru")
+    x.gain = x.bias = None
+    one = torch.rand(18) + 0.5
+    apart, together = [], []
+    for out, gain in ((apart, one.expand(2, -1)), (together, one)):
+        x.gain = gain
+        out += both_ways(x, cudasim.Simulator(H100))[2]
+    assert apart[3].shape == (2, 18) and together[3].shape == (18,) and error(together[3], apart[3].sum(0)) < 1e-6 and error(together[4], apart[4].sum(0)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name,activation", [("ligru", "sine"), ("sligru", "tanh")])
+def test_bfloat16_rounds_the_factors_of_the_product_and_nothing_else(shaped, name, activation, shape):
+    """Frame by frame from the kernel's own state before it, so that one number rounded the other way cannot hide or cause anything."""
+    H, B, T, R, *rest = shape
+    shaped(*rest)
+    x, round16 = problem(H, B, T, R, name, activation), lambda v: v.bfloat16().double()
+    engine, f, rows = cudasim.Simulator(H100), cell.ACTIVATIONS[activation], lambda v: v.view(T, R, B, -1)
+    hs, kept, (dwx, du, dh0, *norm) = both_ways(x, engine, "bf16")
+    dp = [args["dp" if name == "sligru" else "dwx"] for kernel, _, _, args in engine.launched if kernel == "backward_kernel"][-1]
+    before = torch.cat([x.h0[None], hs[:-1]])
+    real = torch.arange(T)[:, None, None] < x.lengths[:, None]
+    p = (rows(round16(before)) @ round16(x.u).mT).view(T, R * B, 2 * H)
+    xhat, rstd = cell.recurrent_norm(p)
+    each = lambda v: v.double().repeat_interleave(B, 0)  # (R,2H) → (R*B,2H)
+    if name == "sligru":
+        p = xhat * each(x.gain) + each(x.bias)
+    a, b = (torch.nan_to_num(x.wx).double() + p).chunk(2, -1)
+    z, c, slope = torch.sigmoid(b), f.value(a) * x.drop, f.slope(a if f.keeps == "argument" else f.value(a)) * x.drop
+    assert error(hs, torch.where(real, z * before + (1 - z) * c, before.double())) < 3e-6
+    back = torch.cat([dp[1:], torch.zeros(1, R * B, 2 * H)])
+    through = (rows(round16(back)) @ round16(x.u)).view(T, R * B, H)
+    D = torch.zeros(T + 1, R * B, H, dtype=torch.float64)
+    for t in reversed(range(T)):  # what came through the gate of the frame after it, and the product
+        keep = 0 if t == T - 1 else torch.where(real[t + 1], D[t + 1] * z[t + 1], D[t + 1])
+        D[t] = x.grad[t] + keep + through[t]
+    dG = torch.where(real, torch.cat([D[:-1] * (1 - z) * slope, D[:-1] * (before - c) * z * (1 - z)], -1), 0)
+    assert error(dwx, dG) < 1e-5
+    if name == "sligru":
+        y = dG * each(x.gain)
+        dP = rstd * (y - y.mean(-1, keepdim=True) - xhat * (y * xhat).mean(-1, keepdim=True))
+        assert error(dp, torch.where(real, dP, 0)) < 1e-5 and error(norm[1], rows(dG).sum((0, 2))) < 1e-5
+    assert error(du, torch.einsum("trbg,trbh->rgh", rows(dp.double()), rows(before.double()))) < 1e-5
+    agree(x, (hs, kept, (dwx, du, dh0, *norm)), 0.05)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sine"])
+@pytest.mark.parametrize("name", cell.CELLS)
+def test_frame_by_frame_is_the_truth(name, activation):
+    x = problem(37, 3, 7, 2, name, activation)
+    engine = cudasim.Simulator(NONE)
+    agree(x, both_ways(x, engine), 1e-5)
+    assert {kernel for kernel, *_ in engine.launched} == {"forward_frame", "backward_frame"}
+    agree(x, both_ways(x, engine, recompute=True), 1e-5)
+
+
+def test_nothing_to_do():
+    x = problem(9, 2, 0, 2, "sligru", lengths=False)
+    hs, kept, grads = both_ways(x, cudasim.Simulator(H100))
+    assert hs.shape == (0, 4, 9) and grads[1].shape == x.u.shape and grads[3].shape == (2, 18) and all((g == 0).all() for g in grads)
+
+
+def test_every_weight_is_held_once():
+    for backward in (False, True):
+        for precision in ("bf16", "fp32"):
+            form = Form(21, 4, 1, precision, backward=backward)
+            u = (1 + torch.arange(2 * 21 * 21) % 251).float().view(1, 42, 21)  # exact in bfloat16
+            held = pack_weights(u, form)
+            assert len(held) == form.blocks * form.threads * form.held
+            numbers = held.view(torch.bfloat16) if precision == "bf16" else held
+            assert numbers[numbers > 0].float().sort().values.tolist() == u.flatten().sort().values.tolist()
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("limits", [A100, H100], ids=lambda l: l.name)
+def test_blocks_of_a_plan_fit_at_once(limits):
+    for H in (8, 100, 256, 512, 768, 1024, 2048):
+        for B in (1, 8, 33, 300):
+            for precision in ("bf16", "fp32"):
+                for backward in (False, True):
+                    p = plan(H, B, precision, limits, directions=2, cell="sligru", backward=backward)
+                    if p.kind == "persistent":
+                        blocks, tiles, directions = p.grid
+                        assert blocks * tiles * directions <= capacity(p.form, limits) == p.fits and blocks * p.form.units >= H
+                        assert tiles * p.launches * p.form.rows >= B > (tiles * p.launches - p.launches) * p.form.rows - p.form.rows * p.launches
+                        assert p.form.threads * registers(p.form) <= 65536 and p.reason
+                    else:
+                        assert p.reason
+
+
+@pytest.mark.parametrize("limits", [A100, H100], ids=lambda l: l.name)
+def test_what_the_notes_of_the_design_ask_for_is_persistent(limits):
+    for H in (256, 512, 1024):
+        for backward in (False, True):
+            p = plan(H, 16, "bf16", limits, backward=backward)
+            assert p.kind == "persistent" and p.launches == 1 and p.frame_us < 4
+    assert plan(512, 16, "fp32", limits).kind == plan(512, 16, "bf16", limits, directions=2, backward=True).kind == "persistent"
+    far = plan(4096, 16, "bf16", limits)
+    assert far.kind == "frames" and "512 blocks" in far.reason and limits.name in far.reason
+    assert plan(512, 4096, "fp32", limits).kind == "frames"  # too many launches one after the other
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(EsslError, match="8.0 or more.*precision='fp32'"):
+        plan(512, 8, "bf16", T4)
+    assert plan(512, 8, "fp32", T4).form.precision == "fp32"
+    with pytest.raises(EsslError, match="7.5 or more"):
+        plan(512, 8, "fp32", replace(T4, name="V100", capability=(7, 0)))
+    with pytest.raises(EsslError, match="'fp16' was given; allowed: 'bf16'"):
+        plan(512, 8, "fp16", A100)
+    with pytest.raises(EsslError, match="allowed: 'ligru', 'sligru'"):
+        plan(512, 8, "bf16", A100, cell="gru")
+    with pytest.raises(EsslError, match="at least 4 warps"):
+        Form(64, 2, 2)
+
+
+def test_no_gpu_and_wrong_input_are_said():
+    x = problem(8, 2, 3)
+    with pytest.raises(EsslError, match="run on 'cuda' only"):
+        cuda.forward(x.wx, x.u, x.h0)
+    assert "cpu" in cuda.unavailable("cpu") and (torch.cuda.is_available() or "essl_nb[cuda]" in cuda.unavailable())
+    engine = cudasim.Simulator(H100)
+    with pytest.raises(EsslError, match="float64.*take float32"):
+        cuda.forward(x.wx.double(), x.u, x.h0, engine=engine)
+    with pytest.raises(EsslError, match="do not fit"):
+        cuda.forward(x.wx[..., 1:], x.u, x.h0, engine=engine)
+    with pytest.raises(EsslError, match="allowed: 'relu'"):
+        cuda.forward(x.wx, x.u, x.h0, activation="gelu", engine=engine)
+
+
+def test_the_drivers_word_is_the_last():
+    engine = cudasim.Simulator(H100)
+    engine.fits = lambda *a: 3
+    p = cuda.plan_on(torch.device("cpu"), engine, 512, 16, "bf16")
+    assert p.kind == "frames" and "the driver holds 3" in p.reason
+
+
+def test_the_module_is_light_and_says_what_is_missing():
+    code = """
+import sys
+sys.modules["numba_cuda"] = None  # as if it were not installed
+import essl_nb.ligru.cuda as cuda, essl_nb.ligru.ptx as ptx
+assert not [m for m in sys.modules if m.split(".")[0] in ("numba", "llvmlite")]
+import importlib.util
+ptx.find_spec = lambda name: None
+try: ptx.device_words()
+except ValueError as e: print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "pip install 'essl_nb[cuda]'" in done.stdout, done.stderr
+
+
+# ---- the assembler ----------------------------------------------------------------------------------------------
+
+CLEAN = dict(spills=0, stack=0, float64=0, calls=0)
+
+
+@compiles
+@pytest.mark.parametrize("maker,form", [
+    (KERNELS["forward"], Form(512, 8, 2)), (KERNELS["backward"], Form(512, 8, 2, cell="sligru", activation="tanh", backward=True)),
+    (KERNELS["forward"], Form(512, 8, 1, "fp32", cell="sligru", activation="tanh")), (KERNELS["backward"], Form(512, 8, 1, "fp32", backward=True)),
+    (forward_frame, Form(2048, 8, 1, "fp32", "sligru")), (backward_frame, Form(2048, 8, 1, "fp32", "sligru")),
+], ids=lambda v: v.__name__ if callable(v) else f"{v.cell}-{v.precision}")
+def test_a_kernel_of_each_kind_compiles_and_spills_nothing(maker, form):
+    for row in report(maker, form, ((9, 0),)):
+        assert {k: row[k] for k in CLEAN} == CLEAN
+        assert (row["tensor_core"] > 0) == (form.precision == "bf16")
+        assert maker not in KERNELS.values() or row["shared"] <= cuda.shared_bytes(form)
+
+
+def test_kernels_on_record_spill_nothing_and_as_many_fit_as_plans_rely_on():
+    assert len(CARDS) > 40
+    for row in CARDS:
+        assert {k: row[k] for k in CLEAN} == CLEAN, row
+        if "gpu" in row:
+            form, limits = Form(**{k: row[k] for k in Form.__dataclass_fields__}), {"A100": A100, "H100": H100}[row["gpu"]]
+            assert resident(form, limits, row["registers"]) >= resident(form, limits, registers(form)) > 0 and row["shared"] <= row["shared_planned"], row
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(64, 5, 40, 1), (100, 19, 33, 2), (512, 16, 50, 2), (1024, 8, 20, 1)], ids=str)
+@pytest.mark.parametrize("precision,tolerance", [("fp32", 2e-5), ("bf16", 0.1), ("frames", 2e-5)])
+@pytest.mark.parametrize("name,activation", [("ligru", "relu"), ("ligru", "leaky_relu"), ("sligru", "tanh"), ("sligru", "sine")])
+def test_all_kernels_on_a_gpu_are_the_truth(monkeypatch, name, activation, precision, tolerance, shape):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if precision == "frames":
+        monkeypatch.setattr(cuda.Gpu, "limits", lambda self, device: NONE)
+        cuda.plan_on.cache_clear()
+    elif cuda.limits_of("cuda").capability < (8, 0) and precision == "bf16":
+        pytest.skip("bfloat16 on the tensor core needs compute capability 8.0")
+    H, B, T, R = shape
+    x = problem(H, B, T, R, name, activation, "cuda")
+    found = both_ways(x, None, "fp32" if precision == "frames" else precision)
+    agree(x, found, tolerance)
+    agree(x, both_ways(x, None, "fp32" if precision == "frames" else precision, recompute=True), tolerance)
+    if precision != "frames":
+        again = both_ways(x, None, precision)
+        assert torch.equal(found[0], again[0]) and all(torch.equal(a, b) for a, b in zip(found[2], again[2]))
+    cuda.plan_on.cache_clear()
