@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['A100', 'H100', 'T4', 'MORE', 'MOST_HELD', 'SYNC', 'L2', 'GATES', 'LAUNCH', 'GPU', 'Limits', 'limits_of', 'registers',
            'shared_bytes', 'resident', 'capacity', 'frame_time', 'frames_time', 'Plan', 'check_device', 'candidates',
-           'plan', 'compiled', 'Gpu', 'unavailable', 'plan_on', 'prepare', 'nothing', 'persistent', 'forward', 'remake',
-           'weight_gradient', 'norm_gradient', 'backward']
+           'plan', 'compiled', 'Gpu', 'available', 'plan_on', 'prepare', 'usual_precision', 'nothing', 'persistent',
+           'forward', 'remake', 'weight_gradient', 'norm_gradient', 'backward']
 
 # %% ../../nbs/ligru/12_cuda.ipynb #c11e255e
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from ..core.registry import EsslError
 from . import cell as light
 from .frames import backward_frames, forward_frames
 from .kernels import KERNELS, Form, pack_weights, signature
-from .ptx import INSTALL, device_words, need_numba_cuda
+from .ptx import device_words, need_numba_cuda
 
 # %% ../../nbs/ligru/12_cuda.ipynb #c8f124fd
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def check_device(limits: Limits, precision: str) -> None: # raises EsslError
     if precision not in ("bf16", "fp32"):
         raise EsslError(f"precision={precision!r} was given; allowed: 'bf16' (products on the tensor core), 'fp32'.")
     if limits.capability < (7, 5):
-        raise EsslError(f"{limits.name} has compute capability {limits.capability[0]}.{limits.capability[1]}; the GPU kernels need 7.5 or more. Use backend='torch'.")
+        raise EsslError(f"{limits.name} has compute capability {limits.capability[0]}.{limits.capability[1]}; the GPU kernels need 7.5 or more. Use backend='reference'.")
     if precision == "bf16" and limits.capability < (8, 0):
         raise EsslError(f"{limits.name} has compute capability {limits.capability[0]}.{limits.capability[1]}; bfloat16 on the tensor core needs 8.0 or more. Use precision='fp32'.")
 
@@ -154,7 +154,8 @@ def plan(
     "Choose a kernel, its tiles and its launches: the quickest by the estimate above."
     light.check_names(cell, activation)
     check_device(limits, precision)
-    base, found, most = Form(hidden, 8, 1, precision, cell, activation, backward, keep or backward), [], 0
+    warps = max(4, min(8, ceil(hidden / 32)))
+    base, found, most = Form(hidden, warps, 1, precision, cell, activation, backward, keep or backward), [], 0
     for form in candidates(base):
         fits, tiles = capacity(form, limits), ceil(batch / form.rows)
         most = max(most, fits)
@@ -218,17 +219,15 @@ class Gpu:
 GPU = Gpu()
 
 
-def unavailable(device=None) -> str | None: # a sentence, or None where the kernels can run
-    "Why there is no GPU backend here."
-    if device is not None and torch.device(device).type != "cuda":
-        return f"The GPU kernels of the Light GRU were given tensors on {device}; they run on 'cuda' only."
+def available() -> str | None: # None, or why not
+    "Whether this backend can be used here."
     if not torch.cuda.is_available():
-        return f"No NVIDIA GPU that PyTorch can use is here. With one: {INSTALL}."
+        return "PyTorch finds no NVIDIA GPU here"
     try:
         need_numba_cuda()
-        check_device(limits_of(device or "cuda"), "fp32")
+        check_device(limits_of("cuda"), "fp32")
     except EsslError as e:
-        return str(e)
+        return str(e).rstrip(".")
 
 # %% ../../nbs/ligru/12_cuda.ipynb #087516fe
 @lru_cache(maxsize=256)
@@ -238,18 +237,20 @@ def plan_on(device: torch.device, engine, hidden, batch, precision, **kw) -> Pla
     if p.kind == "persistent":
         fits, wanted = engine.fits(KERNELS["backward" if p.form.backward else "forward"], p.form, device), p.grid[0] * p.grid[1] * p.grid[2]
         if fits < wanted:
-            return replace(p, kind="frames", form=replace(p.form, warps=8, tiles=1), fits=fits, launches=1, reason=f"{wanted} blocks were planned; the driver holds {fits} at once")
+            return replace(p, kind="frames", form=replace(p.form, warps=8, tiles=1), grid=(batch * p.grid[2], 1, 1), fits=fits, launches=1, reason=f"{wanted} blocks were planned; the driver holds {fits} at once")
     return p
 
 # %% ../../nbs/ligru/12_cuda.ipynb #45cd10de
 def prepare(wide: Tensor, width: int, u, h0, drop, lengths, gain, bias, engine) -> tuple: # float32, contiguous; what was left out filled in; raises EsslError
     "Check shapes, types and the device; (R,2H,H), (N,H), (N,H), (N,), (R,2H), (R,2H), engine."
     if engine is None:
-        if why := unavailable(wide.device):
-            raise EsslError(why)
+        if wide.device.type != "cuda":
+            raise EsslError(f"The GPU kernels of the Light GRU got tensors on {wide.device}; they run on 'cuda' only. Move them, or use backend='auto'.")
+        if why := available():
+            raise EsslError(f"The GPU kernels of the Light GRU cannot run: {why}. Use backend='reference'.")
         engine = GPU
     if wide.dtype not in (torch.float32, torch.bfloat16) or u.dtype not in (torch.float32, torch.bfloat16):
-        raise EsslError(f"{wide.dtype} and weights in {u.dtype} were given; the GPU kernels take float32 and bfloat16. Use backend='torch' for others.")
+        raise EsslError(f"{wide.dtype} and weights in {u.dtype} were given; the GPU kernels take float32 and bfloat16. Use backend='reference' for others.")
     u = u.detach().view(-1, *u.shape[-2:])
     (R, H2, H), (T, N, F) = u.shape, wide.shape
     if H2 != 2 * H or F != width * H or N % R or tuple(h0.shape) != (N, H):
@@ -257,6 +258,11 @@ def prepare(wide: Tensor, width: int, u, h0, drop, lengths, gain, bias, engine) 
     full = lambda x, value, *shape: torch.full(shape, value, device=wide.device) if x is None else x.detach().float().expand(shape).contiguous()
     lengths = torch.full((N,), T, device=wide.device) if lengths is None else lengths.to(wide.device)
     return u.float().contiguous(), full(h0, 0.0, N, H), full(drop, 1.0, N, H), lengths.int(), full(gain, 1.0, R, H2), full(bias, 0.0, R, H2), engine
+
+
+def usual_precision(dtype: torch.dtype) -> str: # of the input
+    "What PyTorch is set to: torch.set_float32_matmul_precision('medium') allows bfloat16 products."
+    return "bf16" if dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium" else "fp32"
 
 
 def nothing(like: Tensor) -> Tensor:
@@ -289,13 +295,13 @@ def forward(
     activation: str = "relu",
     eps: float = 1e-5,
     recompute: bool = False, # keep nothing but the states
-    precision: str = "fp32", # "bf16": products on the tensor core, all else in float32
+    precision: str | None = None, # "fp32", "bf16" (products on the tensor core, all else in float32); None: as PyTorch is set
     engine=None, # the GPU
-) -> tuple: # (T,R*B,H) states in float32, and what `backward` needs, as in cell.forward; raises EsslError
+) -> tuple: # (T,R*B,H) states, and what `backward` needs, as in cell.forward, in the type of wx; raises EsslError
     "All frames in one launch, or frame by frame where the weights do not fit."
     u, h0, drop, lengths, gain, bias, engine = prepare(wx, 2, u, h0, drop, lengths, gain, bias, engine)
-    (R, _, H), (T, N, _), wx = u.shape, wx.shape, wx.detach().float().contiguous()
-    p = plan_on(wx.device, engine, H, N // R, precision, directions=R, cell=cell, activation=activation, keep=not recompute)
+    (R, _, H), (T, N, _), given, wx = u.shape, wx.shape, wx.dtype, wx.detach().float().contiguous()
+    p = plan_on(wx.device, engine, H, N // R, precision or usual_precision(given), directions=R, cell=cell, activation=activation, keep=not recompute)
     hs = wx.new_empty(T, N, H)
     kept = () if recompute else (wx.new_empty(T, N, 2 * H),) if cell == "ligru" else (wx.new_empty(T, N, 2 * H), wx.new_empty(T, N, 2 * H), wx.new_empty(T, N))
     if not T or not N:
@@ -305,7 +311,7 @@ def forward(
     else:
         arrays = [*kept, *[nothing(wx)] * (3 - len(kept))]
         persistent(p, engine, u, [wx, h0, drop, lengths, gain, bias], [hs, *arrays], T, N // R, [float(eps)])
-    return hs, kept
+    return hs.to(given), tuple(x.to(given) for x in kept)
 
 # %% ../../nbs/ligru/12_cuda.ipynb #5fb32e5e
 def remake(wx, u, h0, gain, bias, hs, *, cell="ligru", activation="relu", eps=1e-5, precision="fp32") -> tuple: # as cell.remake
@@ -346,15 +352,15 @@ def backward(
     *,
     cell: str = "ligru",
     activation: str = "relu",
-    precision: str = "fp32",
+    precision: str | None = None,
     engine=None, # the GPU
-) -> tuple: # dwx (T,R*B,2H), du as u, dh0 (R*B,H), and for a SLi-GRU dgain and dbias, else None twice; float32; raises EsslError
+) -> tuple: # dwx (T,R*B,2H), du as u, dh0 (R*B,H), and for a SLi-GRU dgain and dbias, else None twice; raises EsslError
     "The same from the last frame to the first."
-    shape, given = u.shape, gain
+    shape, kinds, given = u.shape, (grad.dtype, u.dtype, h0.dtype), gain
     u, h0, drop, lengths, gain, _, engine = prepare(grad, 1, u, h0, drop, lengths, gain, None, engine)
     (R, _, H), (T, N, _), norm, grad, hs = u.shape, grad.shape, cell == "sligru", grad.detach().float().contiguous(), hs.detach().float().contiguous()
-    p = plan_on(grad.device, engine, H, N // R, precision, directions=R, cell=cell, activation=activation, backward=True)
-    dwx, dh0, kept = grad.new_zeros(T, N, 2 * H), grad.new_zeros(N, H), [x.detach().contiguous() for x in kept]
+    p = plan_on(grad.device, engine, H, N // R, precision or usual_precision(kinds[0]), directions=R, cell=cell, activation=activation, backward=True)
+    dwx, dh0, kept = grad.new_zeros(T, N, 2 * H), grad.new_zeros(N, H), [x.detach().float().contiguous() for x in kept]
     dp = torch.zeros_like(dwx) if norm else dwx
     if not T or not N:
         return dwx, torch.zeros_like(u).view(shape), dh0, *((torch.zeros_like(gain if len(shape) == 3 else gain[0]),) * 2 if norm else (None, None))
@@ -363,7 +369,6 @@ def backward(
     else:
         arrays = [*kept, *[nothing(grad)] * (3 - len(kept)), dwx, dp if norm else nothing(grad), dh0]
         persistent(p, engine, u, [grad, h0, drop, lengths, gain], [hs, *arrays], T, N // R, [])
-    du = weight_gradient(dp, h0, hs, R).view(shape)
-    if not norm:
-        return dwx, du, dh0, None, None
-    return dwx, du, dh0, norm_gradient(dwx * kept[1], given, R, shape), norm_gradient(dwx, given, R, shape)
+    found = [x.to(kind) for x, kind in zip((dwx, weight_gradient(dp, h0, hs, R).view(shape), dh0), kinds)]
+    norms = [norm_gradient(x, given, R, shape).to(kinds[1]) for x in (dwx * kept[1], dwx)] if norm else (None, None)
+    return *found, *norms
