@@ -192,17 +192,20 @@ class Gpu:
         return limits_of(device)
 
     def fits(self, maker, form: Form, device: torch.device) -> int: # blocks at once, by the driver
-        (kernel,) = compiled(maker, form, device.index or 0).overloads.values()
-        return kernel.max_cooperative_grid_blocks(form.threads)
+        from numba import cuda
+
+        (kernel,) = compiled(maker, form, device.index).overloads.values()
+        with cuda.gpus[device.index]:
+            return kernel.max_cooperative_grid_blocks(form.threads)
 
     def launch(self, maker, form: Form, grid: tuple, args: list) -> None:
         from numba import cuda
 
         device = args[0].device
-        stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
-        flat = [a.detach().view(-1) if isinstance(a, Tensor) else a for a in args]
-        with cuda.gpus[device.index or 0]:
-            compiled(maker, form, device.index or 0)[grid, form.threads, stream](*flat)
+        kernel, stream = compiled(maker, form, device.index), torch.cuda.current_stream(device).cuda_stream
+        with cuda.gpus[device.index]:
+            flat = [cuda.as_cuda_array(a.detach().view(-1), sync=False) if isinstance(a, Tensor) else a for a in args]
+            kernel[grid, form.threads, cuda.external_stream(stream) if stream else 0](*flat)
 
     def record(self, run, device: torch.device): # → a function that does the same
         stream = torch.cuda.Stream(device)
@@ -211,7 +214,7 @@ class Gpu:
             run()  # compiles, and lets cuBLAS take its room
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
         return graph.replay
 

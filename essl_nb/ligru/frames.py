@@ -34,7 +34,7 @@ def summer(words, threads):
 
     return words.device(summed)
 
-
+# %% ../../nbs/ligru/39_frames.ipynb #a2747fee
 def forward_frame(words, form):
     "One frame: from p = U h to the state. Grid: (utterances,)."
     cuda, float32, exp, sqrt = words.cuda, words.float32, words.exp, words.sqrt
@@ -70,7 +70,7 @@ def forward_frame(words, form):
 
     return frame
 
-
+# %% ../../nbs/ligru/39_frames.ipynb #84e902f4
 def backward_frame(words, form):
     "One frame backwards: from ∂L/∂h to dG; the product with U follows. Grid: (utterances,)."
     cuda, float32 = words.cuda, words.float32
