@@ -314,7 +314,7 @@ def test_what_cannot_be_is_said():
     with pytest.raises(EsslError, match="'fp16' was given; allowed: 'bf16'"):
         plan(512, 8, "fp16", A100)
     with pytest.raises(EsslError, match="allowed: 'ligru', 'sligru'"):
-        plan(512, 8, "bf16", A100, cell="gru")
+        plan(512, 8, "bf16", A100, cell="light")
     with pytest.raises(EsslError, match="at least 4 warps"):
         Form(64, 2, 2)
 
