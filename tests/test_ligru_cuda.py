@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.ligru import cell, cuda
+from essl_nb.ligru import cell, cuda, operator
 from essl_nb.ligru.cuda import A100, H100, T4, Plan, capacity, plan, registers, resident
 from essl_nb.ligru.frames import backward_frame, forward_frame
 from essl_nb.ligru.kernels import KERNELS, Form, pack_weights, report
+from essl_nb.ligru.layer import LiGRU, SLiGRU
 from essl_nb.ligru.ptx import find_ptxas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,6 +258,27 @@ def test_frame_by_frame_is_the_truth(name, activation, recompute):
     engine = cudasim.Simulator(NONE)
     agree(x, both_ways(x, engine, recompute=recompute), 1e-5)
     assert {kernel for kernel, *_ in engine.launched} == {"forward_frame", "backward_frame"}
+
+
+@pytest.mark.parametrize("kind,shared", [(LiGRU, False), (SLiGRU, True)], ids=["LiGRU", "SLiGRU"])
+def test_layers_run_on_it(monkeypatch, kind, shared):
+    layer = kind(6, 12, num_layers=2, bidirectional=True, shared_directions=shared, normalization="layer", activation="tanh")
+    x, lengths = torch.randn(3, 4, 6, requires_grad=True), torch.tensor([4, 1, 3])
+    weights = [x, *layer.parameters()]
+
+    def run():
+        y, last = layer(x, lengths=lengths)
+        return [y, last, *torch.autograd.grad((y.sin().sum() + last.square().sum()), weights)]
+
+    true, engine = run(), cudasim.Simulator(H100)
+    module = SimpleNamespace(forward=partial(cuda.forward, engine=engine), backward=partial(cuda.backward, engine=engine))
+    monkeypatch.setattr(operator, "backend_of", lambda backend, x: (module, False))
+    assert all(error(a, b) < 1e-5 for a, b in zip(run(), true)) and len(engine.launched) == (4 if shared else 8)
+
+
+def test_types_that_the_kernels_do_not_have_go_to_the_plain_loop():
+    assert "float32 and bfloat16, not float64" in operator.refusal("cuda", "cuda", torch.float64)
+    assert operator.explain_backend("auto", "cuda", torch.float16).name == "reference"
 
 
 def test_nothing_to_do():

@@ -52,8 +52,9 @@ def refusal(
         return None
     if device != name:
         return f"the tensors are on {device}"
-    if name == "cpu" and dtype not in (torch.float32, torch.float64):
-        return f"it has float32 and float64, not {str(dtype).removeprefix('torch.')}"
+    other = torch.float64 if name == "cpu" else torch.bfloat16
+    if dtype not in (torch.float32, other):
+        return f"it has float32 and {str(other).removeprefix('torch.')}, not {str(dtype).removeprefix('torch.')}"
     return load_backend(name)[1]
 
 
