@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CARDS = json.loads((ROOT / "results/ligru_ptx.json").read_text())["kernels"]
 compiles = pytest.mark.skipif(find_spec("numba_cuda") is None or find_ptxas() is None, reason="needs numba-cuda and ptxas: pip install 'essl_nb[cuda]' nvidia-cuda-nvcc")
 NONE = replace(A100, name="a GPU without registers", registers=0)
+PLANS = cuda.plan_on
 ALL = ("wx", "u", "h0", "gain", "bias")
 
 
@@ -32,6 +33,7 @@ def seeded():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+    PLANS.cache_clear()
 
 
 def problem(H, B, T, R=1, name="ligru", activation="relu", device="cpu", lengths=True, drop=True):
@@ -407,23 +409,51 @@ def test_kernels_on_record_spill_nothing_and_as_many_fit_as_plans_rely_on():
 
 # ---- on a GPU ---------------------------------------------------------------------------------------------------
 
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def agree_on_average(x, found, tolerance):
+    """States against the plain loop; gradients against the hand-derived ones in float64 from the same states.
+
+    Among millions of numbers some lie so near 0 that the slope of a relu there depends on the last digit: gradients from other states prove nothing.
+    """
+    hs, kept, grads = found
+    assert distance(hs, truth(x)[0]) < tolerance, "states"
+    wanted, double = [], lambda v: None if v is None else v.double()
+    for r in range(x.R):
+        q = slice(r * x.B, (r + 1) * x.B)
+        mask, ends, gain = (None if v is None else v[k] for v, k in ((x.drop, q), (x.lengths, q), (x.gain, r)))
+        own = tuple(torch.nan_to_num(k[:, q]).double() for k in kept)
+        wanted.append(cell.backward(x.grad[:, q].double(), x.u[r].double(), x.h0[q].double(), double(mask), ends, double(gain), hs[:, q].double(), own, cell=x.name, activation=x.activation))
+    join = (lambda v: torch.cat(v, 1), torch.stack, torch.cat, torch.stack, torch.stack)
+    for what, a, f, b in zip(ALL, grads, join, zip(*wanted)):
+        if a is not None:
+            assert distance(a, f(list(b))) < tolerance, what
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(64, 5, 40, 1), (100, 19, 33, 2), (512, 16, 50, 2), (1024, 8, 20, 1)], ids=str)
-@pytest.mark.parametrize("precision,tolerance", [("fp32", 2e-5), ("bf16", 0.1), ("frames", 2e-5)])
+@pytest.mark.parametrize("precision,tolerance", [("fp32", 1e-5), ("bf16", 0.03), ("frames", 1e-5)])
 @pytest.mark.parametrize("name,activation", [("ligru", "relu"), ("ligru", "leaky_relu"), ("sligru", "tanh"), ("sligru", "sine")])
 def test_all_kernels_on_a_gpu_are_the_truth(monkeypatch, name, activation, precision, tolerance, shape):
-    torch.backends.cuda.matmul.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     if precision == "frames":
         monkeypatch.setattr(cuda.Gpu, "limits", lambda self, device: NONE)
-        cuda.plan_on.cache_clear()
     elif cuda.limits_of("cuda").capability < (8, 0) and precision == "bf16":
         pytest.skip("bfloat16 on the tensor core needs compute capability 8.0")
     H, B, T, R = shape
-    x = problem(H, B, T, R, name, activation, "cuda")
-    found = both_ways(x, None, "fp32" if precision == "frames" else precision)
-    agree(x, found, tolerance)
-    agree(x, both_ways(x, None, "fp32" if precision == "frames" else precision, recompute=True), tolerance)
-    if precision != "frames":
-        again = both_ways(x, None, precision)
-        assert torch.equal(found[0], again[0]) and all(torch.equal(a, b) for a, b in zip(found[2], again[2]))
-    cuda.plan_on.cache_clear()
+    x, precision = problem(H, B, T, R, name, activation, "cuda"), "fp32" if precision == "frames" else precision
+    found = both_ways(x, None, precision)
+    agree_on_average(x, found, tolerance)
+    agree_on_average(x, both_ways(x, None, precision, recompute=True), tolerance)
+    again = both_ways(x, None, precision)
+    assert torch.equal(found[0], again[0]) and all(a is b or torch.equal(a, b) for a, b in zip(found[2], again[2]))
+
+
+def test_the_comparison_itself_in_the_simulator(shaped):
+    shaped(2, 1)
+    for name, activation in (("ligru", "relu"), ("sligru", "tanh")):
+        x = problem(20, 3, 4, 2, name, activation)
+        for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.03)):
+            agree_on_average(x, both_ways(x, cudasim.Simulator(H100), precision), tolerance)
