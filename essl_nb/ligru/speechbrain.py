@@ -32,9 +32,9 @@ def their_classes() -> tuple: # LiGRU, SLiGRU; raises EsslError where SpeechBrai
 # %% ../../nbs/ligru/56_speechbrain.ipynb #e8b05b7d
 def mirrored_norm(
     norm: nn.Module, # the layer's
-    w: Tensor, # (T,B,2H)
+    w: Tensor, # (B,T,2H)
     ways: int, # 2 where a mirrored copy would stand beside it
-) -> Tensor: # (T,B,2H)
+) -> Tensor: # (B,T,2H)
     "What the norm gives for a batch beside its mirrored copy, without the copy."
     flat = w.flatten(0, 1)
     moves = norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm)
@@ -92,33 +92,32 @@ class SwappedLiGRU(nn.Module):
         if T == 0:
             raise EsslError("An utterance without frames was given; SpeechBrain's layer returns the last frame of each layer and needs one.")
         hx = hx if hx is None or ways == 1 else hx.reshape(self.num_layers, B * ways, self.hidden_size)
-        x = x.transpose(0, 1)  # (T,B,D)
         for i, layer in enumerate(self.rnn):
             x = self.one_layer(layer, x, layer.h_init.expand(B * ways, -1) if hx is None else hx[i], ways)
-            last.append(x[-1])
+            last.append(x[:, -1])
         h = torch.stack(last, 1)  # (B,L,R·H)
-        return x.transpose(0, 1), h.reshape(self.num_layers * 2, B, self.hidden_size) if self.bidirectional else h.transpose(0, 1)
+        return x, h.reshape(self.num_layers * 2, B, self.hidden_size) if self.bidirectional else h.transpose(0, 1)
 
-    def one_layer(self, layer: nn.Module, x: Tensor, h0: Tensor, ways: int) -> Tensor: # (T,B,R·H)
-        "One of SpeechBrain's layers, time first."
+    def one_layer(self, layer: nn.Module, x: Tensor, h0: Tensor, ways: int) -> Tensor: # (B,T,R·H)
+        "One of SpeechBrain's layers."
         u = layer.u.weight
         w = mirrored_norm(layer.norm, layer.w(x), ways).to(u.dtype)
-        w = w if ways == 1 else torch.cat([w, w.flip(0)], 1)  # (T,R·B,2H)
+        w = w if ways == 1 else torch.cat([w, w.flip(1)])  # (R·B,T,2H)
         norm = getattr(layer, "layer_norm", None)
         gain, bias, eps = (None, None, 1e-5) if norm is None else (norm.weight, norm.bias, norm.eps)
-        hs = light_recurrence(w, u, h0.to(u.dtype), self.masks(layer, w), None, gain, bias, cell=self.cell, eps=eps, **self.loop)
+        hs = light_recurrence(w.transpose(0, 1), u, h0.to(u.dtype), self.masks(layer, w), None, gain, bias, cell=self.cell, eps=eps, **self.loop).transpose(0, 1)
         if ways == 1:
             return hs
-        ahead, back = hs.chunk(2, 1)
-        return torch.cat([ahead, back.flip(0)], -1)
+        ahead, back = hs.chunk(2)
+        return torch.cat([ahead, back.flip(1)], -1)
 
     def masks(self, layer: nn.Module, w: Tensor) -> Tensor | None: # (R·B,H); None: nothing is dropped
         "The dropout masks that SpeechBrain's layer would use now."
         if not layer.dropout or not (self.exact_masks or layer.training):
             return None
         if not self.exact_masks:
-            return drop_mask(w.shape[1], self.hidden_size, layer.dropout, like=w)
-        rows = w.new_empty(w.shape[1], 0)  # SpeechBrain looks at the number of rows and the device only
+            return drop_mask(len(w), self.hidden_size, layer.dropout, like=w)
+        rows = w.new_empty(len(w), 0)  # SpeechBrain looks at the number of rows and the device only
         layer._change_batch_size(rows)  # in evaluation too: whether training draws anew depends on it
         return layer._sample_drop_mask(rows).to(w.dtype) if layer.training else None
 
