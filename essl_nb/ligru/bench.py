@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..core.files import append_line, read_lines
 from ..core.fresh import run_fresh
 from ..core.registry import EsslError
+from ..eval.curves import KEPT
 from ..eval.machine import library_versions, machine_record
 from ..eval.measure import exponent, interleaved, peak_bytes, spread
 from .layer import LiGRU, SLiGRU
@@ -268,13 +269,13 @@ def bench(
         todo = [n for n in names if again or key(n) not in held]
         if which == "memory":
             todo = [n for n in todo if n != "floor"]
-            found = run_fresh(memory_point, shape, todo, threads=count).value if todo else {}
+            found = run_fresh(memory_point, shape, todo, threads=count, environment=KEPT).value if todo else {}
             rows = [dict(zip(GIVEN, key(n))) | dict(peak_bytes=b, made={"machine": machine_record()}) for n, b in found.items()]
         elif not todo:
             continue
         else:
             turn = ["LiGRU"] + [n for n in todo if n != "LiGRU"]
-            rows = point_rows(shape, which, count, device, dtype, run_fresh(time_point, shape, which, turn, repeats, most_seconds, device, dtype, threads=count).value)
+            rows = point_rows(shape, which, count, device, dtype, run_fresh(time_point, shape, which, turn, repeats, most_seconds, device, dtype, threads=count, environment=KEPT).value)
             rows = [r for r in rows if r["name"] in todo]
         for row in rows:
             append_line(path, row)
