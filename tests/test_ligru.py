@@ -95,6 +95,20 @@ def test_operator_takes_what_is_not_contiguous():
         assert all(near(x, y) for x, y in zip(a, b))
 
 
+@pytest.mark.parametrize("dtype, T", [(torch.float32, 400), (torch.float64, 2400)], ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_fades_becomes_zero_and_never_subnormal(cell, dtype, T):
+    wx, u = torch.zeros(T, 2, 32, dtype=dtype), torch.zeros(32, 16, dtype=dtype)
+    wx[..., :16] = -1  # no candidate, and gates of one half: the state is halved from frame to frame
+    wx.requires_grad_()
+    h0 = torch.ones(2, 16, dtype=dtype, requires_grad=True)
+    hs = light_recurrence(wx, u, h0, cell=cell, backend="cpu")
+    grads = torch.autograd.grad(hs[-1].sum(), (wx, h0))
+    assert near(hs, recurrence(wx, u, h0, cell=cell)) and hs[-1].eq(0).all()
+    for t in (hs, *grads):
+        assert not ((t != 0) & (t.abs() < torch.finfo(dtype).tiny)).any()
+
+
 def test_a_second_derivative_is_refused():
     wx, u, h0, *_ = operands()
     g, = torch.autograd.grad(light_recurrence(wx, u, h0).square().sum(), u, create_graph=True)
