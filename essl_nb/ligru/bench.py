@@ -92,7 +92,7 @@ class Floor:
 
     @torch.no_grad()
     def run(self, training: bool):
-        for i, (x, w) in enumerate(self.inputs):
+        for x, w in self.inputs:
             for _ in range(self.shape.directions):
                 x @ w.T
                 for _ in range(self.shape.frames):
@@ -100,9 +100,7 @@ class Floor:
                 if training:
                     for _ in range(self.shape.frames):
                         torch.mm(self.g, self.u, out=self.h_out)
-                    self.dg.T @ self.hs, self.dg.T @ x
-                    if i:
-                        self.dg @ w
+                    self.dg.T @ self.hs, self.dg.T @ x, self.dg @ w
 
 
 CONTESTANTS = {
