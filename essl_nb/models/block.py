@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError, Registry
 from ..core.shapes import zero_pads
 from ..mixers.base import build_mixer
+from ..mixers.pieces import in_pieces
 
 # %% ../../nbs/models/41_block.ipynb #6f0081bf
 blocks = Registry("block")
@@ -23,6 +24,11 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, *, ff_mult: float = 4, dropout: float = 0.0, activation: type = nn.GELU):
         hidden = int(dim * ff_mult)
         super().__init__(nn.Linear(dim, hidden), activation(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout))
+        self.width = max(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "(B,T,D) → (B,T,D)"
+        return in_pieces(super().forward, x, width=self.width)
 
 # %% ../../nbs/models/41_block.ipynb #ad8d57f5
 class Block(nn.Module):

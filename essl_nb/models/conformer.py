@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from ..mixers.convnext import depthwise
+from ..mixers.pieces import in_pieces
 from .block import Block, FeedForward, blocks
 
 # %% ../../nbs/models/44_conformer.ipynb #7e30ff13
@@ -28,12 +29,16 @@ class DepthwiseConv(nn.Conv2d):
         if kernel < 1 or (kernel % 2 == 0 and not causal):
             raise EsslError(f"kernel={kernel} has no middle frame: take an odd number of frames, or causal=True.")
         super().__init__(dim, dim, (kernel, 1), groups=dim)
-        past = kernel - 1 if causal else kernel // 2
-        self.around = (0, 0, past, kernel - 1 - past)
+        self.past = kernel - 1 if causal else kernel // 2
+        self.future = kernel - 1 - self.past
+
+    def within(self, z: Tensor) -> Tensor: # (B,past+T+future,D) → (B,T,D)
+        "Filter frames that stand between others."
+        return depthwise(z, self.weight, self.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return depthwise(F.pad(zero_pads(x, mask), self.around), self.weight, self.bias)
+        return in_pieces(self.within, x, mask, past=self.past, future=self.future, width=x.shape[2])
 
 # %% ../../nbs/models/44_conformer.ipynb #ea40c2d4
 class ConvolutionModule(nn.Module):
@@ -52,8 +57,9 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        z = F.glu(self.inner(self.norm(x)))  # (B,T,D)
-        return zero_pads(self.outer(F.silu(self.filter_norm(self.filter(z, mask)))), mask)
+        before = lambda x: F.glu(self.inner(self.norm(x)))  # (B,T,D)
+        after = lambda z: self.outer(F.silu(self.filter_norm(self.filter.within(z))))
+        return in_pieces(after, x, mask, before=before, past=self.filter.past, future=self.filter.future, width=self.inner.out_features)
 
 # %% ../../nbs/models/44_conformer.ipynb #134a9ddb
 @blocks.register("conformer", paper="2005.08100")
@@ -107,8 +113,13 @@ class GatedBranch(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        a, b = F.gelu(self.inner(self.norm(x))).chunk(2, -1)  # (B,T,H) each
-        return zero_pads(self.outer(a * self.gate(self.gate_norm(b), mask)), mask)
+
+        def before(x):
+            a, b = F.gelu(self.inner(self.norm(x))).chunk(2, -1)  # (B,T,H) each
+            return self.gate_norm(b), a
+
+        after = lambda b, a: self.outer(a * self.gate.within(b))
+        return in_pieces(after, x, mask, before=before, past=self.gate.past, future=self.gate.future, width=self.inner.out_features)
 
 # %% ../../nbs/models/44_conformer.ipynb #5e9ee755
 @blocks.register("branchformer", paper="2207.02971")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
 from ..mixers.convnext import depthwise
+from ..mixers.pieces import in_pieces
 from .block import TransformerBlock, blocks
 
 # %% ../../nbs/models/45_hybrid.ipynb #b215f6f9
@@ -34,8 +34,8 @@ class LocalBranch(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        z = F.pad(zero_pads(self.norm(x), mask), (0, 0, self.past, self.kernel - 1 - self.past))  # (B,T+k-1,D)
-        return zero_pads(self.outer(F.gelu(depthwise(z, self.filter.weight, self.filter.bias))), mask)
+        after = lambda z: self.outer(F.gelu(depthwise(z, self.filter.weight, self.filter.bias)))  # z (B,T+k-1,D)
+        return in_pieces(after, x, mask, before=self.norm, past=self.past, future=self.kernel - 1 - self.past, width=x.shape[2])
 
 
 @blocks.register("hybrid")
