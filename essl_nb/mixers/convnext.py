@@ -50,7 +50,7 @@ class ConvNeXt(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return in_pieces(self.filter, x, mask, before=self.inner, past=self.past, future=self.kernel - 1 - self.past, width=self.dim)
+        return in_pieces(self.filter, x, mask, before=self.inner, past=self.past, future=self.kernel - 1 - self.past, width=self.dim, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame."

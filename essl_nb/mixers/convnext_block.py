@@ -43,7 +43,7 @@ class ConvNeXtStem(Mixer):
 
     def over_time(self, f, x: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D) → (B,T,·)
         "`f`, which begins with the filter, with silence around."
-        return in_pieces(f, x, mask, past=self.past, future=self.future, width=self.inner.out_features)
+        return in_pieces(f, x, mask, past=self.past, future=self.future, width=self.inner.out_features, layers=self)
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "kernel": Map (k,D)
         "The filters, over the offset of the input frame."
@@ -125,7 +125,7 @@ class ConvNeXtV2(ConvNeXtStem):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D), to be added to x"
         h = self.over_time(self.hidden, x, mask)  # (B,T,expand·D)
-        return in_pieces(self.outer, self.response(h)[0], mask, width=h.shape[2])
+        return in_pieces(self.outer, self.response(h)[0], mask, width=h.shape[2], layers=self.outer)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame, and no strength."

@@ -60,7 +60,7 @@ class SelectiveSSM(nn.Module):
             y, past, state = self(x[:, s], past, state)
             return y
 
-        return by_pieces(piece, x, piece_frames(x, x.shape[2]))
+        return by_pieces(piece, x, piece_frames(x, x.shape[2], self))
 
 # %% ../../nbs/mixers/31_mamba.ipynb #bb16b54e
 @mixers.register("mamba", family="recurrent", complexity="T", paper="2312.00752", tiny=dict(d_state=4), grid=dict(d_state=[8, 16], expand=[1, 2]))
@@ -95,7 +95,7 @@ class Mamba(Mixer):
         if not self.causal:
             y.append(reverse_within(self.back.whole(reverse_within(x, mask)), mask))
         gated = lambda s: self.out_proj(sum(way[:, s] for way in y) * F.silu(z[:, s]))
-        return zero_pads(by_pieces(gated, z, piece_frames(z, self.inner)), mask)
+        return zero_pads(by_pieces(gated, z, piece_frames(z, self.inner, self.out_proj)), mask)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Silence before the convolution, and zeros."

@@ -50,7 +50,7 @@ class GatedMLP(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return in_pieces(self.gated, x, mask, before=self.halves, past=self.past, future=self.future, width=2 * self.half)
+        return in_pieces(self.gated, x, mask, before=self.halves, past=self.past, future=self.future, width=2 * self.half, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame."

@@ -8,24 +8,30 @@ __all__ = ['PIECE', 'piece_frames', 'by_pieces', 'in_pieces', 'sum_pieces']
 # %% ../../nbs/mixers/17_pieces.ipynb #95c21c45
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.shapes import zero_pads
 
 # %% ../../nbs/mixers/17_pieces.ipynb #d2cd1d0f
-PIECE = 2**18  # numbers of the widest tensor in a piece
+PIECE = 2**19  # numbers of the widest tensor in a piece
 
 
 def piece_frames(
     x: Tensor, # (B,T,·)
     width: int, # features of the widest tensor in between
+    layers: nn.Module | None = None, # whose weights every piece reads again
+    *,
     least: int = 32, # frames of a piece at least
     multiple: int = 1, # of which the frames of a piece are a multiple
 ) -> int: # T: all at once
     "Frames of a piece."
-    whole = torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    n = max(PIECE // (len(x) * width or 1), least)
-    return x.shape[1] if whole else -(-n // multiple) * multiple
+    T = x.shape[1]
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return T
+    weights = 0 if layers is None else sum(p.numel() for p in layers.parameters())
+    most = max(least, multiple, max(PIECE, weights // 4) // (len(x) * width or 1))
+    equal = -(-T // max(1, -(-T // most)))
+    return max(least, -(-equal // multiple) * multiple)
 
 # %% ../../nbs/mixers/17_pieces.ipynb #e9b416b8
 def by_pieces(
@@ -51,6 +57,7 @@ def in_pieces(
     mask: Tensor | None = None, # (B,T) bool, True = real; None = all real
     *,
     width: int, # features of the widest tensor in between
+    layers: nn.Module | None = None, # whose weights every piece reads again
     before=None, # (B,n,D) → (B,n,E), or a pair of such; None: x as it is
     past: int = 0, # frames before its own that `after` sees
     future: int = 0, # frames after its own that `after` sees
@@ -75,7 +82,7 @@ def in_pieces(
         stop, y = T if last else s.stop - future, after(z, *beside)
         return zero_pads(y, real(slice(stop - y.shape[1], stop)))
 
-    return by_pieces(piece, x, piece_frames(x, width, max(32, around), multiple))
+    return by_pieces(piece, x, piece_frames(x, width, layers, least=max(32, around), multiple=multiple))
 
 # %% ../../nbs/mixers/17_pieces.ipynb #b25b4768
 def sum_pieces(
@@ -84,9 +91,10 @@ def sum_pieces(
     mask: Tensor | None = None, # (B,T) bool, True = real
     *,
     width: int, # features of the widest tensor in between
+    layers: nn.Module | None = None, # whose weights every piece reads again
 ) -> Tensor: # (B,1,E)
     "The sum of `f` over the real frames."
-    T, frames, total = x.shape[1], piece_frames(x, width), 0
+    T, frames, total = x.shape[1], piece_frames(x, width, layers), 0
     for start in range(0, max(T, 1), max(frames, 1)):
         part, real = x[:, start : start + frames], None if mask is None else mask[:, start : start + frames]
         terms = zero_pads(f(zero_pads(part, real)), real)

@@ -53,8 +53,8 @@ class PoM(Mixer):
             x = zero_pads(x, mask)
             return zero_pads(self.read(x, running_mean(self.moments(x))[0]), mask)
         frames = x.shape[1] if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
-        state = sum_pieces(self.moments, x, mask, width=self.wide) / frames  # (B,1,k·e·D)
-        return in_pieces(lambda part: self.read(part, state), x, mask, width=self.wide)
+        state = sum_pieces(self.moments, x, mask, width=self.wide, layers=self.factors) / frames  # (B,1,k·e·D)
+        return in_pieces(lambda part: self.read(part, state), x, mask, width=self.wide, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "An empty sum."

@@ -28,7 +28,7 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         "(B,T,D) → (B,T,D)"
-        return in_pieces(super().forward, x, width=self.width)
+        return in_pieces(super().forward, x, width=self.width, layers=self)
 
 # %% ../../nbs/models/41_block.ipynb #ad8d57f5
 class Block(nn.Module):

@@ -59,7 +59,7 @@ class ConvolutionModule(nn.Module):
         "(B,T,D), (B,T) → (B,T,D)"
         before = lambda x: F.glu(self.inner(self.norm(x)))  # (B,T,D)
         after = lambda z: self.outer(F.silu(self.filter_norm(self.filter.within(z))))
-        return in_pieces(after, x, mask, before=before, past=self.filter.past, future=self.filter.future, width=self.inner.out_features)
+        return in_pieces(after, x, mask, before=before, past=self.filter.past, future=self.filter.future, width=self.inner.out_features, layers=self)
 
 # %% ../../nbs/models/44_conformer.ipynb #134a9ddb
 @blocks.register("conformer", paper="2005.08100")
@@ -119,7 +119,7 @@ class GatedBranch(nn.Module):
             return self.gate_norm(b), a
 
         after = lambda b, a: self.outer(a * self.gate.within(b))
-        return in_pieces(after, x, mask, before=before, past=self.gate.past, future=self.gate.future, width=self.inner.out_features)
+        return in_pieces(after, x, mask, before=before, past=self.gate.past, future=self.gate.future, width=self.inner.out_features, layers=self)
 
 # %% ../../nbs/models/44_conformer.ipynb #5e9ee755
 @blocks.register("branchformer", paper="2207.02971")

@@ -35,7 +35,7 @@ class LocalBranch(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         after = lambda z: self.outer(F.gelu(depthwise(z, self.filter.weight, self.filter.bias)))  # z (B,T+k-1,D)
-        return in_pieces(after, x, mask, before=self.norm, past=self.past, future=self.kernel - 1 - self.past, width=x.shape[2])
+        return in_pieces(after, x, mask, before=self.norm, past=self.past, future=self.kernel - 1 - self.past, width=x.shape[2], layers=self)
 
 
 @blocks.register("hybrid")
