@@ -4,9 +4,9 @@ import torch
 
 from essl_nb.core.config import derive_seed
 from essl_nb.core.shapes import lengths_to_mask
-from essl_nb.mixers import pieces
+from essl_nb.core import pieces
 from essl_nb.mixers.base import count_macs, list_mixers, mixers
-from essl_nb.mixers.pieces import by_pieces, in_pieces, piece_frames, sum_pieces
+from essl_nb.core.pieces import by_pieces, in_pieces, piece_frames, sum_pieces
 from essl_nb.models.block import FeedForward, blocks
 
 D, LENGTHS = 16, (150, 97, 33, 1)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
 from .base import Map, Mixer, mixers
-from .pieces import in_pieces
 
 # %% ../../nbs/mixers/26_convnext.ipynb #3a49b9b1
 def depthwise(

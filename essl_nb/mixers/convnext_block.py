@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces, sum_pieces
 from ..core.registry import EsslError
 from .base import Map, Mixer, mixers
 from .convnext import depthwise
-from .pieces import in_pieces, sum_pieces
 
 # %% ../../nbs/mixers/38_convnext_block.ipynb #7c590c07
 class ConvNeXtStem(Mixer):

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
 from ..core.shapes import masked_mean
 from .base import Map, Mixer, mixers
 from .convnext import depthwise
-from .pieces import in_pieces
 from .summary import running_mean
 
 # %% ../../nbs/mixers/27_efficientnet.ipynb #6b898b02

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import by_pieces, piece_frames
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Mixer, mixers
 from .convnext import depthwise
-from .pieces import by_pieces, piece_frames
 from .recurrent import reverse_within
 from .scan import selective_scan
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
 from ..core.shapes import mask_to_lengths, zero_pads
 from .base import Map, Mixer, mixers
 from .convnext import depthwise
-from .pieces import in_pieces
 
 # %% ../../nbs/mixers/37_mlp_any.ipynb #9033e4d9
 class GatedMLP(Mixer):

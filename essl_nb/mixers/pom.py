@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces, sum_pieces
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Map, Mixer, mixers
-from .pieces import in_pieces, sum_pieces
 from .summary import running_mean
 
 # %% ../../nbs/mixers/36_pom.ipynb #868fb935

@@ -9,10 +9,10 @@ __all__ = ['blocks', 'FeedForward', 'Block', 'TransformerBlock', 'PostNormBlock'
 import torch
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError, Registry
 from ..core.shapes import zero_pads
 from ..mixers.base import build_mixer
-from ..mixers.pieces import in_pieces
 
 # %% ../../nbs/models/41_block.ipynb #6f0081bf
 blocks = Registry("block")

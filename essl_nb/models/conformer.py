@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from ..mixers.convnext import depthwise
-from ..mixers.pieces import in_pieces
 from .block import Block, FeedForward, blocks
 
 # %% ../../nbs/models/44_conformer.ipynb #7e30ff13

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
 from ..mixers.convnext import depthwise
-from ..mixers.pieces import in_pieces
 from .block import TransformerBlock, blocks
 
 # %% ../../nbs/models/45_hybrid.ipynb #b215f6f9
