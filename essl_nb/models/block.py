@@ -34,6 +34,7 @@ class FeedForward(nn.Sequential):
 class Block(nn.Module):
     "A mixer, the norm in front of it, dropout behind it. A block of your own adds what it likes around `mixed`."
     norms_last = False  # True: the block ends in a norm, so the encoder's own norm comes before the first block
+    remembered = 0  # numbers of the past that the parts beside the mixer need in a stream
 
     def __init__(self,
         dim: int, # width of the frames

@@ -81,6 +81,7 @@ class ConformerBlock(Block):
         half = lambda: nn.Sequential(nn.LayerNorm(dim), FeedForward(dim, ff_mult=ff_mult, dropout=dropout, activation=nn.SiLU))
         self.first, self.last = half(), half()
         self.convolution = ConvolutionModule(dim, kernel=kernel, causal=causal)
+        self.remembered = self.convolution.filter.past * dim
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> tuple:
@@ -139,6 +140,7 @@ class BranchformerBlock(Block):
     ):
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, dropout=dropout, causal=causal)
         self.local = GatedBranch(dim, ff_mult=ff_mult, kernel=kernel, causal=causal)
+        self.remembered = self.local.gate.past * self.local.gate.in_channels
         self.merge, self.norm = nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> tuple:

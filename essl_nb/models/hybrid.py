@@ -54,6 +54,7 @@ class HybridBlock(TransformerBlock):
     ):
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, ff_mult=ff_mult, dropout=dropout, causal=causal)
         self.local = LocalBranch(dim, kernel=kernel, causal=causal)
+        self.remembered = self.local.past * dim
 
     def mixed(self, x: Tensor, mask: Tensor | None, carry: dict | None) -> tuple: # (B,T,D), carry
         "What mixer and branch add to the frames."
