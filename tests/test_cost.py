@@ -8,9 +8,11 @@ import torch
 
 from essl_nb.core.registry import EsslError
 from essl_nb.eval import cost, machine, measure
+from essl_nb.eval.finetune import fresh_copy
 from essl_nb.eval.macs import encoder_macs, parameter_count, training_macs
 from essl_nb.mixers.base import FAMILIES, Mixer, count_macs, list_mixers, mixers
-from essl_nb.models.encoder import EncoderConfig, build_encoder
+from essl_nb.models.encoder import POSITION_GROUPS, POSITION_KERNEL, EncoderConfig, build_encoder
+from essl_nb.models.frontend import frontends
 
 BASE = cost.baseline_mixer()
 
@@ -167,3 +169,31 @@ def test_state_only_where_it_streams():
     assert cost.state_bytes(tiny(BASE), 10) is None
     short, long = (cost.state_bytes(tiny(BASE, causal=True), s) for s in (1, 10))
     assert 0 < short < long
+
+
+CONTROL = next(e.name for e in mixers if e.meta.get("control"))
+
+
+@pytest.mark.parametrize("block, wide", [("hybrid", 1), ("conformer", 1), ("branchformer", 2)])
+def test_a_stream_remembers_the_branch_beside_the_mixer(block, wide):
+    bare, branched = (EncoderConfig(CONTROL, dim=32, depth=3, causal=True, block=b, block_kw=kw) for b, kw in (("transformer", {}), (block, {"kernel": 5})))
+    assert cost.state_bytes(branched, 2.0) - cost.state_bytes(bare, 2.0) == 4 * 3 * (5 - 1) * 32 * wide
+
+
+def test_the_positional_convolution_is_counted():
+    bare, placed = (EncoderConfig(CONTROL, dim=32, depth=1, position=p) for p in ("none", "convolutional"))
+    without, counts = encoder_macs(bare, 2.0), encoder_macs(placed, 2.0)
+    own = counts["frames"] * 32 * 32 // POSITION_GROUPS * POSITION_KERNEL
+    assert without["position"] == 0 and counts["position"] == own == counts["total"] - without["total"]
+    assert training_macs(placed, 2.0) - training_macs(bare, 2.0) == 3 * own
+
+
+@pytest.mark.parametrize("frontend", [e.name for e in frontends])
+def test_a_fresh_copy_starts_anew_whatever_the_front_end(frontend):
+    encoder = build_encoder(EncoderConfig(CONTROL, dim=32, depth=1, frontend=frontend), seed=0)
+    if encoder.frontend.stored:
+        encoder.frontend.set_statistics(torch.full((80,), 3.0), torch.full((80,), 2.0))
+    new = fresh_copy(encoder, "scratch", 1)
+    assert not torch.equal(new.blocks[0].ff[0].weight, encoder.blocks[0].ff[0].weight)
+    if encoder.frontend.stored:
+        assert torch.equal(new.frontend.mean, encoder.frontend.mean) and torch.equal(new.frontend.std, encoder.frontend.std)

@@ -116,7 +116,7 @@ def curves_table(file: CurvesFile, mixer: str) -> str: # HTML, nothing where the
     body = "".join(f"<tr><th scope='row'>{html.escape(r['pass'])}, {r['width']} wide, batch {r['batch']}</th>{cells(r)}</tr>" for r in both.to_dict("records"))
     head = "<tr><td></td><th scope='colgroup' colspan='2'>time</th><th scope='colgroup' colspan='2'>memory</th></tr>"
     return (f"<table class='essl-grows'><caption>As speech gets longer: the exponent <i>p</i> of Tᵖ, and from when on it is below attention's "
-            f"(never: not up to {both.longest.max():g} s)</caption>{head}{body}</table>")
+            f"(never: not up to {both.longest.max():g} s); memory is what a call holds above the weights and the input</caption>{head}{body}</table>")
 
 # %% ../../nbs/app/97_curves.ipynb #a27cade5
 def curves_part() -> dict: # name -> component

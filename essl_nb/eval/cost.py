@@ -186,11 +186,11 @@ def size_on_disk(config: EncoderConfig) -> dict: # bytes, whole files
 
 
 def state_bytes(config: EncoderConfig, seconds: float) -> int | None: # None where it cannot stream
-    "What all mixers together must remember of the past, after `seconds` of audio."
+    "What all mixers and the branches beside them must remember of the past, after `seconds` of audio."
     encoder = build_encoder(config, seed=0)
     frames = int(round(seconds / encoder.frame_seconds))
     sizes = [block.mixer.state_bytes(frames) for block in encoder.blocks]
-    return None if None in sizes else sum(sizes)
+    return None if None in sizes else sum(sizes) + 4 * sum(block.remembered for block in encoder.blocks)
 
 # %% ../../nbs/eval/71_cost.ipynb #289d896e
 def within_reach(

@@ -209,7 +209,8 @@ def fresh_copy(
     from essl_nb.models.encoder import build_encoder
 
     new = build_encoder(encoder.config, seed=derive_seed("scratch", seed))
-    new.frontend.set_statistics(encoder.frontend.mean, encoder.frontend.std)
+    if encoder.frontend.stored:  # a waveform has no statistics
+        new.frontend.set_statistics(encoder.frontend.mean, encoder.frontend.std)
     return new
 
 # %% ../../nbs/eval/76_finetune.ipynb #aa1f200a

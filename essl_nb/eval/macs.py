@@ -42,8 +42,10 @@ def encoder_macs(
     N = int(round(seconds * front.spec.rate))
     (mel, lengths), features = counted(front.features, torch.zeros(1, N), torch.full((1,), N))
     (x, _), stem = counted(front, mel.to("meta"), lengths.to("meta"))
-    parts = {"features": features, "frontend": stem, "mixer": 0, "rest": 0}
-    carry = None
+    position, carry = 0, None
+    if encoder.position is not None:
+        x, position = counted(encoder.position, x)
+    parts = {"features": features, "frontend": stem, "position": position, "mixer": 0, "rest": 0}
     for block in encoder.blocks:
         _, mixing = counted(block.mixer.mix, x, None, carry)
         (x, carry), whole = counted(block, x, None, carry)
@@ -77,7 +79,7 @@ def training_macs(
     def forward_and_backward():
         with torch.enable_grad():
             x, _ = encoder.frontend(mel, lengths)
-            carry = None
+            x, carry = x if encoder.position is None else encoder.position(x), None
             for block in encoder.blocks:
                 x, carry = block(x, None, carry)
             head(x).sum().backward()

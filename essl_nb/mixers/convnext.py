@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
 from .base import Map, Mixer, mixers
 
 # %% ../../nbs/mixers/26_convnext.ipynb #3a49b9b1
@@ -50,9 +50,7 @@ class ConvNeXt(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        z = zero_pads(self.inner(zero_pads(x, mask)), mask)
-        z = F.pad(z, (0, 0, self.past, self.kernel - 1 - self.past))  # (B,T+k-1,D)
-        return zero_pads(self.filter(z), mask)
+        return in_pieces(self.filter, x, mask, before=self.inner, past=self.past, future=self.kernel - 1 - self.past, width=self.dim, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame."

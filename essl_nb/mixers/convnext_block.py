@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces, sum_pieces
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
 from .base import Map, Mixer, mixers
 from .convnext import depthwise
 
@@ -36,14 +36,14 @@ class ConvNeXtStem(Mixer):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.inner, self.outer = nn.Linear(dim, expand * dim), nn.Linear(expand * dim, dim)
 
-    def widen(self, x: Tensor, mask: Tensor | None) -> Tensor: # (B,T+k-1,D)
-        "Silence the padding and set silence before and after."
-        return F.pad(zero_pads(x, mask), (0, 0, self.past, self.future))
-
     def hidden(self, z: Tensor) -> Tensor: # (B,T+k-1,D) → (B,T,expand·D)
         "All up to the activation."
         y = depthwise(z, self.depthwise.weight, self.depthwise.bias)
         return F.gelu(self.inner(self.norm(y)))
+
+    def over_time(self, f, x: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D) → (B,T,·)
+        "`f`, which begins with the filter, with silence around."
+        return in_pieces(f, x, mask, past=self.past, future=self.future, width=self.inner.out_features, layers=self)
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "kernel": Map (k,D)
         "The filters, over the offset of the input frame."
@@ -65,9 +65,13 @@ class ConvNeXtBlock(ConvNeXtStem):
         super().__init__(dim, kernel=kernel, expand=expand, causal=causal)
         self.scale = nn.Parameter(torch.full((dim,), scale))
 
+    def filter(self, z: Tensor) -> Tensor: # (B,T+k-1,D) → (B,T,D)
+        "The whole block."
+        return self.outer(self.hidden(z)) * self.scale
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D), to be added to x"
-        return zero_pads(self.outer(self.hidden(self.widen(x, mask))) * self.scale, mask)
+        return self.over_time(self.filter, x, mask)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame."
@@ -76,7 +80,7 @@ class ConvNeXtBlock(ConvNeXtStem):
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
         z = torch.cat([state["past"], x], 1)  # (B,k-1+C,D)
-        return self.outer(self.hidden(z)) * self.scale, {"past": z[:, x.shape[1]:]}
+        return self.filter(z), {"past": z[:, x.shape[1]:]}
 
 # %% ../../nbs/mixers/38_convnext_block.ipynb #d295ac0f
 class ResponseNorm(nn.Module):
@@ -96,8 +100,8 @@ class ResponseNorm(nn.Module):
         before: Tensor | float = 0.0, # (B,1,D) sum of squares of the frames before
     ) -> tuple: # (B,T,D) and the new sum of squares (B,1,D)
         "Scale each feature by its share of strength."
-        squares = h.to(torch.promote_types(h.dtype, torch.float32)).square()
-        total = before + (squares.cumsum(1) if self.causal else squares.sum(1, keepdim=True))  # (B,T or 1,D)
+        squares = lambda part: part.to(torch.promote_types(h.dtype, torch.float32)).square()
+        total = before + (squares(h).cumsum(1) if self.causal else sum_pieces(squares, h, width=h.shape[2]))  # (B,T or 1,D)
         strength = total.clamp(min=torch.finfo(total.dtype).tiny).sqrt()
         share = strength / (strength.mean(-1, keepdim=True) + 1e-6)
         gain = (1 + self.weight * share).to(h.dtype)
@@ -120,8 +124,8 @@ class ConvNeXtV2(ConvNeXtStem):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D), to be added to x"
-        h = zero_pads(self.hidden(self.widen(x, mask)), mask)  # (B,T,expand·D)
-        return zero_pads(self.outer(self.response(h)[0]), mask)
+        h = self.over_time(self.hidden, x, mask)  # (B,T,expand·D)
+        return in_pieces(self.outer, self.response(h)[0], mask, width=h.shape[2], layers=self.outer)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame, and no strength."

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
-from ..core.shapes import masked_mean, zero_pads
+from ..core.shapes import masked_mean
 from .base import Map, Mixer, mixers
 from .convnext import depthwise
 from .summary import running_mean
@@ -62,9 +63,13 @@ class SqueezeExcite(nn.Module):
         "Gates from means."
         return self.expand(F.silu(self.reduce(mean))).sigmoid()
 
+    def of(self, h: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D) → (B,T or 1,D)
+        "The gates of whole utterances."
+        return self.gates(running_mean(h)[0] if self.causal else masked_mean(h, mask)[:, None])
+
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D)
         "Gate the features of whole utterances."
-        return h * self.gates(running_mean(h)[0] if self.causal else masked_mean(h, mask)[:, None]).to(h.dtype)
+        return h * self.of(h, mask).to(h.dtype)
 
     def step(self, h: Tensor, total: Tensor, count: Tensor) -> tuple: # (B,C,D) and the new total (B,1,D)
         "Gate the next frames of a stream."
@@ -98,10 +103,13 @@ class InvertedBottleneck(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D), to be added to x"
-        z = zero_pads(self.before(zero_pads(x, mask)), mask)
-        h = self.convolve(F.pad(z, (0, 0, self.past, self.kernel - 1 - self.past)))  # (B,T,expand·D)
-        h = h if self.excite is None else self.excite(h, mask)
-        return zero_pads(self.last_norm(self.project(h)), mask)
+        span = dict(past=self.past, future=self.kernel - 1 - self.past, width=self.inside, layers=self)
+        h = in_pieces(self.convolve, x, mask, before=self.before, **span)  # (B,T,expand·D), zeros in the padding
+        gate = None if self.excite is None else self.excite.of(h, mask).to(h.dtype)
+        if gate is not None and self.causal:
+            h, gate = h * gate, None
+        close = lambda h: self.last_norm(self.project(h if gate is None else h * gate))
+        return in_pieces(close, h, mask, width=self.inside, layers=self.project)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Silence, and an empty sum where there are gates."

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import by_pieces, piece_frames
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Mixer, mixers
@@ -50,6 +51,17 @@ class SelectiveSSM(nn.Module):
         y, state = selective_scan(u, delta, A, b, c, state)
         return y + u * self.D, x[:, x.shape[1] - self.d_conv + 1:], state
 
+    def whole(self, x: Tensor) -> Tensor: # (B,T,E) → (B,T,E)
+        "All frames from silence on, piece by piece where nothing has to be kept for gradients."
+        past, state = x.new_zeros(len(x), self.d_conv - 1, x.shape[2]), None
+
+        def piece(s):
+            nonlocal past, state
+            y, past, state = self(x[:, s], past, state)
+            return y
+
+        return by_pieces(piece, x, piece_frames(x, x.shape[2], self))
+
 # %% ../../nbs/mixers/31_mamba.ipynb #bb16b54e
 @mixers.register("mamba", family="recurrent", complexity="T", paper="2312.00752", tiny=dict(d_state=4), grid=dict(d_state=[8, 16], expand=[1, 2]))
 class Mamba(Mixer):
@@ -79,11 +91,11 @@ class Mamba(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         x, z = self.in_proj(zero_pads(x, mask)).chunk(2, -1)  # (B,T,E) each
-        y, _, _ = self.ahead(x, self.silence(x))
+        y = [self.ahead.whole(x)]
         if not self.causal:
-            back, _, _ = self.back(reverse_within(x, mask), self.silence(x))
-            y = y + reverse_within(back, mask)
-        return zero_pads(self.out_proj(y * F.silu(z)), mask)
+            y.append(reverse_within(self.back.whole(reverse_within(x, mask)), mask))
+        gated = lambda s: self.out_proj(sum(way[:, s] for way in y) * F.silu(z[:, s]))
+        return zero_pads(by_pieces(gated, z, piece_frames(z, self.inner, self.out_proj)), mask)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Silence before the convolution, and zeros."

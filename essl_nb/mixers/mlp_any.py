@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
 from ..core.shapes import mask_to_lengths, zero_pads
 from .base import Map, Mixer, mixers
@@ -38,16 +39,18 @@ class GatedMLP(Mixer):
         "Gates from normalised features, silence before and after."
         raise NotImplementedError
 
-    def halves(self, x: Tensor) -> tuple: # (B,T,D) → (B,T,E) to be gated, and (B,T,E) to make gates from
-        "Both halves of the hidden features, the second one normalised."
+    def halves(self, x: Tensor) -> tuple: # (B,T,D) → (B,T,E) to make gates from, and (B,T,E) to be gated
+        "Both halves of the hidden features, the one that makes gates normalised."
         u, v = F.gelu(self.inner(x)).chunk(2, -1)
-        return u, self.norm(v)
+        return self.norm(v), u
+
+    def gated(self, v: Tensor, u: Tensor) -> Tensor: # (B,past+T+future,E), (B,T,E) → (B,T,D)
+        "The part after the first linear layer and the norm."
+        return self.outer(u * self.gate(v))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        u, v = self.halves(zero_pads(x, mask))
-        gate = self.gate(F.pad(zero_pads(v, mask), (0, 0, self.past, self.future)))
-        return zero_pads(self.outer(u * gate), mask)
+        return in_pieces(self.gated, x, mask, before=self.halves, past=self.past, future=self.future, width=2 * self.half, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame."
@@ -55,9 +58,9 @@ class GatedMLP(Mixer):
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
-        u, v = self.halves(x)
+        v, u = self.halves(x)
         z = torch.cat([state["past"], v], 1)
-        return self.outer(u * self.gate(z)), {"past": z[:, x.shape[1]:]}
+        return self.gated(z, u), {"past": z[:, x.shape[1]:]}
 
 # %% ../../nbs/mixers/37_mlp_any.ipynb #52ccc6cc
 @mixers.register("c_mlp", family="fourier", complexity="T", paper="2202.08456", tiny=dict(kernel=5), grid=dict(kernel=[7, 15, 31, 63]))

@@ -9,8 +9,8 @@ __all__ = ['MLPMixer']
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
 from .base import Mixer, mixers
 
 # %% ../../nbs/mixers/25_mlp_mixer.ipynb #ed66960f
@@ -34,10 +34,15 @@ class MLPMixer(Mixer):
         self.crop = crop
         self.inner, self.outer = nn.Linear(crop, int(crop * expand)), nn.Linear(int(crop * expand), crop)
 
+    def over_crops(self, x: Tensor) -> Tensor: # (B,T,D) → (B,T,D)
+        "Cut, turn on the side, mix, turn back."
+        B, T, D = x.shape
+        x = F.pad(x, (0, 0, 0, -T % self.crop))
+        crops = x.reshape(-1, self.crop, D).transpose(1, 2)  # (crops,D,S)
+        y = self.outer(F.gelu(self.inner(crops))).transpose(1, 2)  # (crops,S,D)
+        return y.reshape(B, -1, D)[:, :T]
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        B, T, D = x.shape
-        x = F.pad(zero_pads(x, mask), (0, 0, 0, -T % self.crop))
-        crops = x.view(-1, self.crop, D).transpose(1, 2)  # (crops,D,S)
-        y = self.outer(F.gelu(self.inner(crops))).transpose(1, 2)  # (crops,S,D)
-        return zero_pads(y.reshape(B, -1, D)[:, :T], mask)
+        wide = -(-self.inner.out_features * self.dim // self.crop)  # hidden numbers for each frame
+        return in_pieces(self.over_crops, x, mask, width=max(self.dim, wide), multiple=self.crop)

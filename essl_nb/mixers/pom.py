@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces, sum_pieces
 from ..core.registry import EsslError
-from ..core.shapes import masked_mean, zero_pads
+from ..core.shapes import zero_pads
 from .base import Map, Mixer, mixers
 from .summary import running_mean
 
@@ -48,10 +49,12 @@ class PoM(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        x = zero_pads(x, mask)
-        phi = self.moments(x)
-        state = running_mean(phi)[0] if self.causal else masked_mean(phi, mask)[:, None]
-        return zero_pads(self.read(x, state), mask)
+        if self.causal:
+            x = zero_pads(x, mask)
+            return zero_pads(self.read(x, running_mean(self.moments(x))[0]), mask)
+        frames = x.shape[1] if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
+        state = sum_pieces(self.moments, x, mask, width=self.wide, layers=self.factors) / frames  # (B,1,k·e·D)
+        return in_pieces(lambda part: self.read(part, state), x, mask, width=self.wide, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "An empty sum."

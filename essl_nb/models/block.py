@@ -9,6 +9,7 @@ __all__ = ['blocks', 'FeedForward', 'Block', 'TransformerBlock', 'PostNormBlock'
 import torch
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError, Registry
 from ..core.shapes import zero_pads
 from ..mixers.base import build_mixer
@@ -23,11 +24,17 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, *, ff_mult: float = 4, dropout: float = 0.0, activation: type = nn.GELU):
         hidden = int(dim * ff_mult)
         super().__init__(nn.Linear(dim, hidden), activation(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout))
+        self.width = max(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "(B,T,D) → (B,T,D)"
+        return in_pieces(super().forward, x, width=self.width, layers=self)
 
 # %% ../../nbs/models/41_block.ipynb #ad8d57f5
 class Block(nn.Module):
     "A mixer, the norm in front of it, dropout behind it. A block of your own adds what it likes around `mixed`."
     norms_last = False  # True: the block ends in a norm, so the encoder's own norm comes before the first block
+    remembered = 0  # numbers of the past that the parts beside the mixer need in a stream
 
     def __init__(self,
         dim: int, # width of the frames

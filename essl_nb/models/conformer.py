@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from ..mixers.convnext import depthwise
@@ -28,12 +29,16 @@ class DepthwiseConv(nn.Conv2d):
         if kernel < 1 or (kernel % 2 == 0 and not causal):
             raise EsslError(f"kernel={kernel} has no middle frame: take an odd number of frames, or causal=True.")
         super().__init__(dim, dim, (kernel, 1), groups=dim)
-        past = kernel - 1 if causal else kernel // 2
-        self.around = (0, 0, past, kernel - 1 - past)
+        self.past = kernel - 1 if causal else kernel // 2
+        self.future = kernel - 1 - self.past
+
+    def within(self, z: Tensor) -> Tensor: # (B,past+T+future,D) → (B,T,D)
+        "Filter frames that stand between others."
+        return depthwise(z, self.weight, self.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return depthwise(F.pad(zero_pads(x, mask), self.around), self.weight, self.bias)
+        return in_pieces(self.within, x, mask, past=self.past, future=self.future, width=x.shape[2])
 
 # %% ../../nbs/models/44_conformer.ipynb #ea40c2d4
 class ConvolutionModule(nn.Module):
@@ -52,8 +57,9 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        z = F.glu(self.inner(self.norm(x)))  # (B,T,D)
-        return zero_pads(self.outer(F.silu(self.filter_norm(self.filter(z, mask)))), mask)
+        before = lambda x: F.glu(self.inner(self.norm(x)))  # (B,T,D)
+        after = lambda z: self.outer(F.silu(self.filter_norm(self.filter.within(z))))
+        return in_pieces(after, x, mask, before=before, past=self.filter.past, future=self.filter.future, width=self.inner.out_features, layers=self)
 
 # %% ../../nbs/models/44_conformer.ipynb #134a9ddb
 @blocks.register("conformer", paper="2005.08100")
@@ -75,6 +81,7 @@ class ConformerBlock(Block):
         half = lambda: nn.Sequential(nn.LayerNorm(dim), FeedForward(dim, ff_mult=ff_mult, dropout=dropout, activation=nn.SiLU))
         self.first, self.last = half(), half()
         self.convolution = ConvolutionModule(dim, kernel=kernel, causal=causal)
+        self.remembered = self.convolution.filter.past * dim
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> tuple:
@@ -107,8 +114,13 @@ class GatedBranch(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        a, b = F.gelu(self.inner(self.norm(x))).chunk(2, -1)  # (B,T,H) each
-        return zero_pads(self.outer(a * self.gate(self.gate_norm(b), mask)), mask)
+
+        def before(x):
+            a, b = F.gelu(self.inner(self.norm(x))).chunk(2, -1)  # (B,T,H) each
+            return self.gate_norm(b), a
+
+        after = lambda b, a: self.outer(a * self.gate.within(b))
+        return in_pieces(after, x, mask, before=before, past=self.gate.past, future=self.gate.future, width=self.inner.out_features, layers=self)
 
 # %% ../../nbs/models/44_conformer.ipynb #5e9ee755
 @blocks.register("branchformer", paper="2207.02971")
@@ -128,6 +140,7 @@ class BranchformerBlock(Block):
     ):
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, dropout=dropout, causal=causal)
         self.local = GatedBranch(dim, ff_mult=ff_mult, kernel=kernel, causal=causal)
+        self.remembered = self.local.gate.past * self.local.gate.in_channels
         self.merge, self.norm = nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> tuple:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.pieces import in_pieces
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
 from ..mixers.convnext import depthwise
 from .block import TransformerBlock, blocks
 
@@ -34,8 +34,8 @@ class LocalBranch(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        z = F.pad(zero_pads(self.norm(x), mask), (0, 0, self.past, self.kernel - 1 - self.past))  # (B,T+k-1,D)
-        return zero_pads(self.outer(F.gelu(depthwise(z, self.filter.weight, self.filter.bias))), mask)
+        after = lambda z: self.outer(F.gelu(depthwise(z, self.filter.weight, self.filter.bias)))  # z (B,T+k-1,D)
+        return in_pieces(after, x, mask, before=self.norm, past=self.past, future=self.kernel - 1 - self.past, width=x.shape[2], layers=self)
 
 
 @blocks.register("hybrid")
@@ -54,6 +54,7 @@ class HybridBlock(TransformerBlock):
     ):
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, ff_mult=ff_mult, dropout=dropout, causal=causal)
         self.local = LocalBranch(dim, kernel=kernel, causal=causal)
+        self.remembered = self.local.past * dim
 
     def mixed(self, x: Tensor, mask: Tensor | None, carry: dict | None) -> tuple: # (B,T,D), carry
         "What mixer and branch add to the frames."
