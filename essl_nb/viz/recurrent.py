@@ -30,9 +30,10 @@ def bench_figure(
     hidden: int = 512, # units H
     batch: int = 8, # utterances B
     threads: int = 1,
+    allocator: str = "default", # as in `bench`
 ) -> go.Figure:
     "Time for each frame against the number of frames, a line for each contestant. Raises EsslError where nothing of the kind was measured."
-    want = {"pass": which, "layers": layers, "directions": directions, "hidden": hidden, "batch": batch, "threads": threads}
+    want = {"pass": which, "layers": layers, "directions": directions, "hidden": hidden, "batch": batch, "threads": threads, "allocator": allocator}
     rows = rows[rows.time_s.notna() & rows[list(want)].eq(pd.Series(want)).all(axis=1)]
     if not len(rows):
         raise EsslError(f"No point was measured with {', '.join(f'{k} {v}' for k, v in want.items())}.")
