@@ -50,7 +50,7 @@ def bench_figure(
         told.append((name, line.ligru_over_it.median()))
     lead = dict(told)
     title = " and ".join(f"{lead[n]:.2f} of {n}'s" for n in ("GRU", "LSTM") if n in lead)
-    figure = plain(figure, height=460, title=f"LiGRU takes {title} time" if title else "Time for each frame", margin=dict(l=72, r=20, t=92, b=52))
-    figure.update_layout(showlegend=True, legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom", font=dict(size=12)))
-    figure.update_xaxes(type="log", title="frames T", tickvals=sorted(rows.frames.unique())).update_yaxes(type="log", title=f"µs a frame of {batch} utterances, {which}", dtick="D2")
+    figure = plain(figure, height=460, title=f"LiGRU takes {title} time" if title else "Time for each frame", margin=dict(l=72, r=20, t=116, b=52))
+    figure.update_layout(showlegend=True, title=dict(yref="container", y=0.98, yanchor="top"), legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom", font=dict(size=12)))
+    figure.update_xaxes(type="log", title="frames T", tickvals=sorted(rows.frames.unique())).update_yaxes(type="log", title=f"µs a frame of {batch} utterances, {which}", tickvals=[m * 10**k for k in range(1, 6) for m in (1, 2, 5)])
     return figure
