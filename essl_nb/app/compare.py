@@ -60,8 +60,8 @@ def metric_name(metric: str) -> str: # with its unit
 
 
 def known_costs(costs: pd.DataFrame) -> list: # columns
-    "The costs that this study has measured, in the order of `COSTS`."
-    return [c for c in COSTS if c in costs and costs[c].notna().any()]
+    "The costs that this study has measured: those known of most encoders first, then in the order of `COSTS`."
+    return sorted((c for c in COSTS if c in costs and costs[c].notna().any()), key=lambda c: -costs[c].notna().sum())
 
 
 def cost_choices(columns) -> list: # (label, column)
