@@ -26,7 +26,7 @@ def family_of(mixer: str) -> str: # a family, or "" where the mixer is not regis
     "The family of a mixer."
     return mixers.get(mixer).meta.get("family", "") if mixer in mixers else ""
 
-
+# %% ../../nbs/app/96_shelf.ipynb #9778e008
 class Shelf:
     "Encoders by name, read or built when first asked for."
 

@@ -292,7 +292,7 @@ def cost_curves(
             known[(n, *p)] = row
     return added
 
-
+# %% ../../nbs/eval/66_curves.ipynb #a7fc5a17
 def point_head(mixer: str, point: tuple) -> dict:
     "Which point of which mixer a row is about."
     entry = mixers.get(mixer)

@@ -163,7 +163,7 @@ def one_call(call, patience: float = 5.0) -> float: # s
             break
     return seconds
 
-
+# %% ../../nbs/ligru/14_bench.ipynb #e25588e7
 def time_point(
     shape: Shape,
     which: str, # one of PASSES
@@ -204,7 +204,7 @@ def time_point(
     turns = interleaved(list(calls.values()), repeats=repeats, warmup=0, fill=0, most=repeats)
     return dict(times=turns, names=list(calls), skipped=skipped, took=took)
 
-
+# %% ../../nbs/ligru/14_bench.ipynb #060988f0
 def memory_point(shape: Shape, names: list) -> dict: # name → peak bytes of one forward+backward above an idle process
     "Peak memory, each contestant in a child of its own."
     shape, found = Shape(*shape), {}
@@ -239,7 +239,7 @@ def point_rows(shape: Shape, which: str, place: tuple, found: dict) -> list: # p
     rows += [dict(zip(GIVEN, (name, *shape, which, *place))) | dict(skipped=why, made=made) for name, why in found["skipped"].items()]
     return rows
 
-
+# %% ../../nbs/ligru/14_bench.ipynb #eb95587c
 def bench(
     path, # rows.jsonl, appended to; points that it holds are not measured again
     shapes: list, # of Shape

@@ -207,7 +207,7 @@ def gate_gradients(D, gates, h, drop, dG, low, high, form):
         db[i] = zero if abs(gate) < form.tiny else gate
         D[i] = zero if abs(on) < form.tiny else on
 
-
+# %% ../../nbs/ligru/11_cpu.ipynb #f3d9f3da
 @compiled
 def norm_sums(t, dwx, given, kept, layout, share, form):
     # own parts of Σ y and Σ y x̂, y = dG gain
@@ -334,7 +334,7 @@ def as_form(cell: str, activation: str, keep: bool, eps: float, dtype: torch.dty
     real = np.float32 if dtype == torch.float32 else np.float64
     return Form(cell == "sligru", list(ACTIVATIONS).index(activation), keep, real(1), real(LEAK), real(eps), real(TINY * np.finfo(real).tiny))
 
-
+# %% ../../nbs/ligru/11_cpu.ipynb #ead04c16
 def forward(
     wx: Tensor, # (T,B,2H) float32 or float64; also as a transposed (B,T,2H)
     u: Tensor, # (2H,H)

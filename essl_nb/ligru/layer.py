@@ -279,7 +279,7 @@ class Stack(LightGRU):
         y, h = self(x, state["h"])
         return y, {"h": h}
 
-
+# %% ../../nbs/ligru/13_layer.ipynb #dda9c19c
 class LiGRU(Stack):
     "Light GRU (1803.10225), called like nn.GRU(batch_first=True)."
 

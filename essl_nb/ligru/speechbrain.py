@@ -121,7 +121,7 @@ class SwappedLiGRU(nn.Module):
         layer._change_batch_size(rows)  # in evaluation too: whether training draws anew depends on it
         return layer._sample_drop_mask(rows).to(w.dtype) if layer.training else None
 
-
+# %% ../../nbs/ligru/56_speechbrain.ipynb #7e22f1b9
 def swap_ligru(
     model: nn.Module, # a model with SpeechBrain's LiGRU or SLiGRU in it, or one of these
     **options, # of SwappedLiGRU: exact_masks, recompute, backend, threads
@@ -159,7 +159,7 @@ def their_shape(weights: dict, bidirectional: bool | None, cell: str | None) -> 
         cell = "sligru" if affine else "ligru"
     return cell, D, H2 // 2, layers, bidirectional, "batch" if "rnn.0.norm.running_mean" in weights else "layer", affine
 
-
+# %% ../../nbs/ligru/56_speechbrain.ipynb #ea6bc2a9
 def from_speechbrain(
     source, # SpeechBrain's LiGRU or SLiGRU, a swapped one, or a state dict with one of them in it
     *,
@@ -191,7 +191,7 @@ def from_speechbrain(
         layer.train(source.training)
     return layer
 
-
+# %% ../../nbs/ligru/56_speechbrain.ipynb #d142a146
 def to_speechbrain(
     layer: LiGRU | SLiGRU, # batch or layer norm; two directions with shared weights, or one
 ) -> dict: # a state dict for SpeechBrain's LiGRU or SLiGRU, buffers and all. Raises EsslError for what SpeechBrain does not have

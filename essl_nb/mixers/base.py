@@ -112,7 +112,7 @@ class Map(NamedTuple):
     kind: str  # "weights": rows sum to 1; "pool": weights over frames, the same for every output; "kernel": a filter over time offsets; "gate": between 0 and 1
     values: Tensor  # weights (B,H,T,T), query first; pool (B,H,T); kernel (k,D); gate (B,T,·)
 
-
+# %% ../../nbs/mixers/20_base.ipynb #69349d98
 class Mixer(nn.Module):
     "Moves information between frames and does nothing else: no residual, no norm around it, no feed-forward layer."
     whole_block = False  # True: the block adds only what the paper's own block adds

@@ -332,7 +332,7 @@ def check_macs(entry):
         if len(terms) > 1:
             assert misfit(counts, terms[:-1]) > 1e-3, f"declared {complexity}, but the work grows as T: {counts.tolist()}"
 
-
+# %% ../../nbs/mixers/19_checks.ipynb #0d11a85b
 class LargestTensor(TorchDispatchMode):
     "Remembers how many numbers the largest tensor held that was made meanwhile."
     numel = 0

@@ -35,7 +35,7 @@ def lstm_flops(x_shape, w0_shape, w1_shape, *args, out_shape=None, **kw) -> int:
 
 FORMULAS[aten.mkldnn_rnn_layer] = lstm_flops
 
-
+# %% ../../nbs/mixers/32_recurrent.ipynb #a8f24000
 class Recurrent(Mixer):
     "A recurrent network forwards, another backwards unless causal, and a linear layer over both. A subclass supplies `cell`."
     state_names = ("h",)  # what the cell hands from frame to frame

@@ -50,7 +50,7 @@ class MeanMixer(Mixer):
         mean, total = running_mean(s, state["total"], state["count"])
         return self.combine(torch.cat([f, mean], -1)), {"total": total, "count": state["count"] + x.shape[1]}
 
-
+# %% ../../nbs/mixers/28_summary.ipynb #0972406e
 @mixers.register("summary", family="pooling", complexity="T", paper="2307.07421", tiny={})
 class Summary(MeanMixer):
     "Combine each frame with the mean over all frames."

@@ -118,7 +118,7 @@ class Encoded(NamedTuple):
     lengths: Tensor  # (B,) real frames
     layers: list  # depth+1 tensors (B,T,D): the embedding, then each block's output
 
-
+# %% ../../nbs/models/42_encoder.ipynb #a26108b9
 class Encoder(nn.Module):
     "A stack of blocks over a front end; build it with `build_encoder`."
 
