@@ -9,8 +9,9 @@ from torch import nn
 
 import essl_nb.ligru.operator as operator
 from essl_nb.core.registry import EsslError
+from essl_nb.core.shapes import turned, turning
 from essl_nb.ligru.cell import ACTIVATIONS, CELLS, drop_mask, recurrence
-from essl_nb.ligru.layer import LiGRU, SLiGRU, turned, turning
+from essl_nb.ligru.layer import LiGRU, SLiGRU
 from essl_nb.ligru.operator import explain_backend, light_operator, light_recurrence
 
 KINDS = (LiGRU, SLiGRU)

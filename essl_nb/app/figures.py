@@ -107,9 +107,9 @@ E.apart = (wish, gap) => {
 };
 E.endLabels = div => {
   const l = div._fullLayout, x = l.xaxis, y = l.yaxis, at = (a, v) => a.d2p ? a.d2p(v) : a.l2p(v), small = div.clientWidth < 560, gap = small ? 12 : 14;
-  const names = new Set(div.data.filter(E.isCurve).map(t => t.name)), ink = E.dark() ? '#e6e6e6' : '#222', grey = E.dark() ? '#b0b0b0' : '#555';
-  const notes = (div.layout.annotations || []).filter(n => n.name !== 'end' && !names.has(n.text));
   const isCeiling = t => t.meta && t.meta.role === 'ceiling';
+  const names = new Set(div.data.filter(t => E.isCurve(t) || isCeiling(t)).map(t => t.name)), ink = E.dark() ? '#e6e6e6' : '#222', grey = E.dark() ? '#b0b0b0' : '#555';
+  const notes = (div.layout.annotations || []).filter(n => n.name !== 'end' && !names.has(n.text));
   const drawn = div._fullData.filter(t => t.visible === true && (isCeiling(t) || E.isCurve(t) && (!small || t.line.width > 2))).map(t => ({t, sx: t.x[t.x.length - 1], sy: t.y[t.y.length - 1]}));
   const wish = drawn.map(d => at(y, d.sy)), placed = E.apart(wish, gap), order = placed.map((_, i) => i).sort((i, j) => placed[i] - placed[j]);
   let edge = y._length - 6;

@@ -216,23 +216,17 @@ def backward(
 
 # %% ../../nbs/ligru/10_cell.ipynb #e6b75f46
 class BatchNorm(nn.BatchNorm1d):
-    "Batch normalisation over the real frames of (…,C) (1502.03167), with torch's own parameters and buffers."
+    "Batch normalisation over (…,C) (1502.03167), with torch's own parameters and buffers; hand it the real frames alone."
 
     def __init__(self, channels: int, momentum: float = 0.05, **kw): # 0.05: the value of 1803.10225
         super().__init__(channels, momentum=momentum, **kw)
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        # x (…,C), real (…) bool or None → (…,C), 0 in the padding
+    def forward(self, x: Tensor) -> Tensor: # (…,C); raises EsslError
+        "Normalise each channel."
         flat = x.reshape(-1, x.shape[-1])
-        if not self.training:
-            return super().forward(flat).view(x.shape)
-        frames = flat if real is None else flat[real.reshape(-1)]  # (n,C)
-        if len(frames) < 2:
-            raise EsslError(f"Batch normalisation in training got {len(frames)} real frame(s); it needs 2 or more. Use normalization='layer', or eval().")
-        if real is None:
-            return super().forward(flat).view(x.shape)
-        y = x.new_zeros(flat.shape, dtype=frames.dtype)
-        return y.masked_scatter(real.reshape(-1, 1), super().forward(frames)).view(x.shape)
+        if self.training and len(flat) < 2:
+            raise EsslError(f"Batch normalisation in training got {len(flat)} real frame(s); it needs 2 or more. Use normalization='layer', or eval().")
+        return super().forward(flat).view(x.shape)
 
 
 NORMALIZATIONS = {"batch": BatchNorm, "layer": nn.LayerNorm, "none": lambda channels: nn.Identity()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
+from ..core.shapes import mask_to_lengths, turned, turning, zero_pads
 from .base import FORMULAS, Mixer, aten, mixers
 
 # %% ../../nbs/mixers/32_recurrent.ipynb #c1c35c8a
@@ -19,12 +19,7 @@ def reverse_within(
     mask: Tensor | None = None, # (B,T) bool, True = real, real frames first; None = all real
 ) -> Tensor: # (B,T,D)
     "Reverse the real frames of each utterance and leave the padded ones where they are; twice is not at all."
-    if mask is None:
-        return x.flip(1)
-    B, T, D = x.shape
-    t, n = torch.arange(T, device=x.device), mask.sum(1, keepdim=True)  # (T,), (B,1)
-    source = torch.where(t < n, n - 1 - t, t) + T * torch.arange(B, device=x.device)[:, None]  # (B,T)
-    return x.reshape(B * T, D).index_select(0, source.flatten()).view(B, T, D)
+    return turned(x, None if mask is None else turning(mask_to_lengths(mask), x.shape[1]))
 
 # %% ../../nbs/mixers/32_recurrent.ipynb #af8d1bbb
 def lstm_flops(x_shape, w0_shape, w1_shape, *args, out_shape=None, **kw) -> int:

@@ -129,7 +129,7 @@ def finish_curves(fig: go.Figure, rows: pd.DataFrame, ends: list, quantity: str,
     if "= 1" in quantity:
         fig.add_hline(y=1, line=dict(color=GREY, width=1))
         if quantity.startswith("time"):
-            fig.add_trace(go.Scatter(x=seconds, y=ceiling(seconds, width), mode="lines", line=dict(color=GREY, dash="dash", width=1.5), name="ceiling of a block's arithmetic", showlegend=False, hovertemplate="ceiling, %{x:g} s: %{y:.2f}<extra></extra>", meta=dict(role="ceiling")))
+            fig.add_trace(go.Scatter(x=seconds, y=ceiling(seconds, width), mode="lines", line=dict(color=GREY, dash="dash", width=1.5), name="ceiling of a block", showlegend=False, hovertemplate="ceiling, %{x:g} s: %{y:.2f}<extra></extra>", meta=dict(role="ceiling")))
             ends = [*ends, ("ceiling of a block", float(ceiling(seconds[-1], width)), "none", float(seconds[-1]))]
     room = (high - low or 1.0) * 0.06
     gap = (high - low + 2 * room) * 15 / max(height - 150, 100)
