@@ -125,7 +125,7 @@ def test_a_run_is_a_row_and_is_not_made_twice(few, tmp_path, monkeypatch):
     kw = dict(cells=("LiGRU", "GRU"), progress=False, epochs=2, count=5_000, layers=1, part="prompts")
     assert recognition_rows(path, **kw) == 2 and recognition_rows(path, **kw) == 0
     first, second = (json.loads(line) for line in path.read_text().splitlines())
-    assert len(first["value"]["curve"]) == 2 and first["value"]["n"] == 2 and "u_norm" in first["value"]["curve"][0] and "u_norm" not in second["value"]["curve"][0]
+    assert len(first["value"]["curve"]) == 2 and first["value"]["n"] == 2 and "eta" in first["value"]["curve"][0] and "eta" not in second["value"]["curve"][0]
     table = recognition_table(path)
     assert list(table.cell) == ["LiGRU", "GRU"] and ((0 <= table.low) & (table.low <= table.cer) & (table.cer <= table.high)).all()
 
