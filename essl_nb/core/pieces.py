@@ -7,7 +7,6 @@ __all__ = ['PIECE', 'piece_frames', 'by_pieces', 'in_pieces', 'sum_pieces']
 
 # %% ../../nbs/core/54_pieces.ipynb #95c21c45
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .shapes import zero_pads

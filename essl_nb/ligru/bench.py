@@ -8,9 +8,6 @@ __all__ = ['CONTESTANTS', 'FAST', 'PASSES', 'CUDA_CONTESTANTS', 'GIVEN', 'ALLOCA
            'bench', 'load_bench', 'bench_table', 'growth', 'bench_shapes', 'essl_ligru_bench']
 
 # %% ../../nbs/ligru/14_bench.ipynb #f32f6532
-import gc
-import json
-import math
 import time
 from functools import partial
 from pathlib import Path

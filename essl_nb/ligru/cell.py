@@ -8,7 +8,6 @@ __all__ = ['LEAK', 'ACTIVATIONS', 'CELLS', 'NORMALIZATIONS', 'Activation', 'chec
            'stability_penalty']
 
 # %% ../../nbs/ligru/10_cell.ipynb #baa0c10f
-import math
 from typing import NamedTuple
 
 import torch

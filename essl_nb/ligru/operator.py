@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from ..core.registry import EsslError
 from . import cell as reference
-from .cell import ACTIVATIONS, check_names, remake
+from .cell import check_names, remake
 
 # %% ../../nbs/ligru/15_operator.ipynb #5c246b74
 BACKENDS = ("auto", "reference", "cpu", "cuda")

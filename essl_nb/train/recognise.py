@@ -21,7 +21,7 @@ from ..core.files import append_line, read_lines
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, turned, turning, zero_pads
 from ..data.corpus import load_corpus
-from ..eval.finetune import Recipe, fit, listen, seeded
+from ..eval.finetune import Recipe, fit, listen
 from ..eval.intervals import bootstrap_interval
 from ..eval.machine import library_versions, machine_record
 from ..eval.phones import in_split
