@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from ..core.files import append_line, read_lines
 from ..core.fresh import run_fresh
 from ..core.registry import EsslError
-from ..eval.curves import KEPT
+from ..eval.curves import KEPT, allocated_peak
 from ..eval.machine import library_versions, machine_record
-from ..eval.measure import exponent, interleaved, peak_bytes, spread
+from ..eval.measure import exponent, interleaved, spread
 from .layer import LiGRU, SLiGRU
 
 # %% ../../nbs/ligru/14_bench.ipynb #a037b20b
@@ -202,18 +202,13 @@ def time_point(
     return dict(times=turns, names=list(calls), skipped=skipped, took=took)
 
 # %% ../../nbs/ligru/14_bench.ipynb #060988f0
-def memory_point(shape: Shape, names: list) -> dict: # name → peak bytes of one forward+backward above an idle process
-    "Peak memory, each contestant in a child of its own."
+def memory_point(shape: Shape, names: list) -> dict: # name → peak bytes of one forward+backward, weights and input not counted
+    "Peak memory of training."
     shape, found = Shape(*shape), {}
-
-    def work(name):
-        x = torch.randn(shape.batch, shape.frames, shape.hidden, requires_grad=True)
-        CONTESTANTS[name](shape)(x)[0].sum().backward()
-
-    small = shape._replace(frames=8)
+    x = torch.randn(shape.batch, shape.frames, shape.hidden, requires_grad=True)
     for name in names:
-        floor = peak_bytes(lambda: CONTESTANTS[name](small)(torch.randn(shape.batch, 8, shape.hidden))[0].sum().backward())
-        found[name] = peak_bytes(lambda: work(name)) - floor
+        model = CONTESTANTS[name](shape)
+        found[name] = allocated_peak(lambda: model(x)[0].sum().backward())
     return found
 
 # %% ../../nbs/ligru/14_bench.ipynb #574968b3
