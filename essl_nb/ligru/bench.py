@@ -88,7 +88,8 @@ class Floor:
         self.inputs = [(torch.randn(T * B, D), torch.randn(2 * H, D)) for D in [H] + [R * H] * (L - 1)]
 
     @torch.no_grad()
-    def run(self, training: bool):
+    def run(self, which: str): # one of PASSES
+        training = which != "forward"
         for x, w in self.inputs:
             for _ in range(self.shape.directions):
                 x @ w.T
@@ -97,7 +98,9 @@ class Floor:
                 if training:
                     for _ in range(self.shape.frames):
                         torch.mm(self.g, self.u, out=self.h_out)
-                    self.dg.T @ self.hs, self.dg.T @ x, self.dg @ w
+                    self.dg.T @ self.hs, self.dg.T @ x
+                if training and (which != "first layer" or x is not self.inputs[0][0]):
+                    self.dg @ w
 
 
 CONTESTANTS = {
@@ -114,7 +117,7 @@ CONTESTANTS = {
     "floor": Floor,
 }
 FAST = ("LiGRU", "SLi-GRU", "LiGRU, torch loop", "GRU", "LSTM", "floor")
-PASSES = ("forward", "forward+backward")
+PASSES = ("forward", "forward+backward", "first layer") # the last: training without a gradient to the input, as over features
 
 # %% ../../nbs/ligru/14_bench.ipynb #97ba8130
 def graphed(shape: Shape, **kw) -> nn.Module: # CUDA only
@@ -171,12 +174,12 @@ def time_point(
     dtype: str = "float32", # on a GPU also "bfloat16": under autocast
 ) -> dict: # "times": turns × names that were timed, s; "names"; "skipped": name → why; "took": what LiGRU ran on
     "Time contestants by turns in this process."
-    shape, training, known = Shape(*shape), which == PASSES[1], CONTESTANTS if device == "cpu" else CUDA_CONTESTANTS
-    x, calls, skipped, took = torch.randn(shape.batch, shape.frames, shape.hidden, device=device, requires_grad=training), {}, {}, ""
+    shape, training, known = Shape(*shape), which != "forward", CONTESTANTS if device == "cpu" else CUDA_CONTESTANTS
+    x, calls, skipped, took = torch.randn(shape.batch, shape.frames, shape.hidden, device=device, requires_grad=which == "forward+backward"), {}, {}, ""
 
     def call(model):
         if isinstance(model, Floor):
-            return model.run(training)
+            return model.run(which)
         with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             y = model(x)[0]
             if training:
@@ -237,7 +240,7 @@ def bench(
     shapes: list, # of Shape
     *,
     names: tuple = FAST, # contestants, LiGRU first
-    passes: tuple = PASSES,
+    passes: tuple = PASSES[:2],
     threads: tuple = (1,),
     repeats: int = 7,
     most_seconds: float = 20.0, # s of one call
@@ -334,7 +337,7 @@ def essl_ligru_bench(
     layers: str = "1", # Layers
     directions: str = "1", # 1, 2 or 1,2
     threads: str = "1", # Compute threads; of a GPU's host as well
-    passes: str = "forward,forward+backward", # What is timed
+    passes: str = "forward,forward+backward", # What is timed; also "first layer": training without a gradient to the input
     names: str = "", # Contestants with semicolons between, LiGRU first; empty: the fast ones
     repeats: int = 7, # Turns
     most_seconds: float = 20.0, # Contestants whose call takes longer (s) are skipped, and a row says so
