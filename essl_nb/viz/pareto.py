@@ -30,7 +30,7 @@ def staircase(
     return tuple(zip(*corners)) if corners else ((), ())
 
 # %% ../../nbs/viz/87_pareto.ipynb #f8bb9e8d
-LETTER, LINE = 7.0, 16  # pixels: the width of a letter, the height of a line of text
+LETTER, LINE = 7.5, 16  # pixels: the width of a letter, the height of a line of text
 RINGS = ((11, 8), (24, 16), (42, 16), (64, 16))  # pixels between point and label; directions tried
 
 
