@@ -8,7 +8,7 @@ from torch import nn
 import essl_nb.ligru.operator as operator
 from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import turned, turning
-from essl_nb.ligru.cell import ACTIVATIONS, CELLS, drop_mask, recurrence
+from essl_nb.ligru.cell import ACTIVATIONS, CELLS, BatchNorm, Norm, drop_mask, recurrence
 from essl_nb.ligru.layer import LiGRU, SLiGRU
 from essl_nb.ligru.operator import explain_backend, light_operator, light_recurrence
 
@@ -33,6 +33,17 @@ def operands(T=11, B=3, H=5, cell="ligru", dtype=torch.float64):
     return wx, u, h0, drop_mask(B, H, 0.3, like=h0), lengths, *affine
 
 
+def norm_for(wx, own, lengths=None):
+    "A batch norm of wx (T,B,2H): of its own real frames, or with statistics that are fixed; and the module it is from."
+    module = BatchNorm(wx.shape[-1]).to(wx).train(own)
+    with torch.no_grad():
+        for t in (module.weight, module.bias, module.running_mean):
+            t.normal_()
+        module.running_var.uniform_(0.5, 2)
+    frames = wx.detach().flatten(0, 1) if lengths is None else wx.detach()[torch.arange(len(wx))[:, None] < lengths]
+    return module.vectors(frames), module
+
+
 def near(a, b, tolerance=1e-12):
     return (a - b).abs().max() <= tolerance * (1 + b.abs().max()) if a.numel() else a.shape == b.shape
 
@@ -54,6 +65,39 @@ def test_operator_and_all_gradients_are_the_plain_loops(cell, activation, recomp
         assert near(a, b)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "remade"])
+@pytest.mark.parametrize("own", [False, True], ids=["fixed", "own"])
+@pytest.mark.parametrize("T, threads", [(5, 1), (11, 1), (12, 2)], ids=["short", "one thread", "two threads"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_norm_in_the_loop_is_torchs_before_it(cell, T, threads, own, recompute, backend):
+    wx, *rest = operands(T, H=64 * threads, cell=cell)
+    norm, module = norm_for(wx, own, rest[3])
+    real = torch.arange(T)[:, None] < rest[3]
+    dirty = wx.detach().masked_fill(~real[..., None], float("nan")).requires_grad_()
+    leaves = [t for t in rest if t is not None and t.requires_grad] + [module.weight, module.bias]
+    mine = light_recurrence(dirty, *rest, norm=norm, cell=cell, recompute=recompute, backend=backend, threads=threads)
+    flat = torch.nn.functional.batch_norm(wx[real], module.running_mean.clone(), module.running_var.clone(), module.weight, module.bias, own, 0.0, module.eps)
+    true = recurrence(torch.zeros_like(wx).index_put((real,), flat), *rest, cell=cell)
+    assert near(mine, true, 1e-10)
+    grad = torch.randn_like(true)
+    for a, b in zip(torch.autograd.grad(mine, [dirty, *leaves], grad), torch.autograd.grad(true, [wx, *leaves], grad)):
+        assert near(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck_through_a_norms_own_moments(cell):
+    wx, u, h0, drop, lengths, gain, bias = operands(9, 2, 3, cell)
+    weight, shift = torch.randn(6, dtype=torch.double, requires_grad=True), torch.randn(6, dtype=torch.double, requires_grad=True)
+    real = torch.arange(9)[:, None] < lengths
+
+    def call(wx, weight, shift):
+        w = wx.detach()[real]
+        norm = Norm(w.mean(0), (w.var(0, unbiased=False) + 1e-5).rsqrt(), weight, shift, True)
+        return light_recurrence(wx, u.detach(), h0.detach(), drop, lengths, gain, bias, norm=norm, cell=cell, activation="tanh")
+    assert torch.autograd.gradcheck(call, (wx, weight, shift))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(cell):
     args = operands(9, 2, 3, cell)
@@ -68,8 +112,9 @@ def test_opcheck(cell, recompute):
     for backend in ("reference", "cpu"):
         args = list(operands(10, 2, 3, cell))
         args[4] = args[4] if backend == "reference" else None  # what the CPU's loop keeps of an utterance that has ended is never read, and not written
-        torch.library.opcheck(light_operator, (*args, cell, "relu", 1e-5, recompute, backend, None))
-        torch.library.opcheck(light_operator, (*args[:3], None, None, None, None, cell, "relu", 1e-5, recompute, backend, 1))
+        torch.library.opcheck(light_operator, (*args, None, None, None, None, False, cell, "relu", 1e-5, recompute, backend, None))
+        norm, _ = norm_for(args[0], own=recompute)
+        torch.library.opcheck(light_operator, (*args[:3], None, None, None, None, *norm, cell, "relu", 1e-5, recompute, backend, 1))
 
 
 @pytest.mark.parametrize("T, B", [(0, 3), (1, 3), (9, 1), (9, 0), (0, 0)])
@@ -156,7 +201,7 @@ def by_hand(layer, x, h0, lengths):
             outs = []
             for r in range(layer.ways):
                 way, start = ways[min(r, len(ways) - 1)], h0[i * layer.ways + r, b : b + 1]
-                w = way((y.flip(0) if r else y)) if n else y.new_zeros(0, 1, 2 * layer.hidden_size)
+                w = way.norm(way.w(y.flip(0) if r else y)) if n else y.new_zeros(0, 1, 2 * layer.hidden_size)
                 h = recurrence(w, way.u, start, None, None, way.gain, way.bias, cell=layer.cell, activation=layer.activation)
                 last.append(h[-1] if n else start)
                 outs.append(h.flip(0) if r else h)

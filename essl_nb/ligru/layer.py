@@ -55,14 +55,14 @@ class Direction(nn.Module):
         if hasattr(self.norm, "reset_parameters"):
             self.norm.reset_parameters()
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor: # (B,T,D), (n,) → (B,T,2H)
-        "N(W x) of all frames at once; with `rows`, of these of the B·T alone, and zeros elsewhere."
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> tuple: # (B,T,D), (n,) → (B,T,2H); a batch norm that the loop will apply, or None
+        "W x of all frames at once; with `rows`, of these of the B·T alone, and zeros elsewhere."
         flat = x.flatten(0, 1)
         w = self.w(flat if rows is None else flat.index_select(0, rows)).to(self.u.dtype)
         with no_autocast(x.device.type):
-            w = self.norm(w)
+            w, norm = (w, self.norm.vectors(w)) if isinstance(self.norm, BatchNorm) else (self.norm(w), None)
         w = w if rows is None else w.new_zeros(len(flat), w.shape[1]).index_copy(0, rows, w)
-        return w.view(*x.shape[:2], -1)
+        return w.view(*x.shape[:2], -1), norm
 
 # %% ../../nbs/ligru/13_layer.ipynb #0b4d1559
 def keep_states(context, op, *args, **kw):
@@ -223,13 +223,13 @@ class Stack(LightGRU):
     def states(self, ways, x: Tensor, h: Tensor, drops: list, *, lengths, heard, rows) -> tuple: # (B,T,H) of each direction, in its own order of time
         "The states of one layer."
         kw = dict(cell=self.cell, activation=self.activation, eps=self.eps, recompute=self.recompute, backend=self.backend, threads=self.threads)
-        loop = lambda w, way, h, drop, lengths: light_recurrence(w.transpose(0, 1), way.u, h, drop, lengths, way.gain, way.bias, **kw).transpose(0, 1)
-        wx = [way(x, heard) for way in ways]  # (B,T,2H) each
+        loop = lambda w, norm, way, h, drop, lengths: light_recurrence(w.transpose(0, 1), way.u, h, drop, lengths, way.gain, way.bias, norm=norm, **kw).transpose(0, 1)
+        wx, norms = zip(*(way(x, heard) for way in ways))  # (B,T,2H) each
         if self.shared_directions:
             both = torch.cat([wx[0], turned(wx[0], rows)])  # (2B,T,2H)
-            return loop(both, ways[0], h.flatten(0, 1), drops[0], None if lengths is None else lengths.repeat(2)).chunk(2)
-        wx[1:] = [turned(w, rows) for w in wx[1:]]
-        return tuple(loop(w, way, start, drop, lengths) for w, way, start, drop in zip(wx, ways, h, drops))
+            return loop(both, norms[0], ways[0], h.flatten(0, 1), drops[0], None if lengths is None else lengths.repeat(2)).chunk(2)
+        wx = wx[0], *(turned(w, rows) for w in wx[1:])
+        return tuple(loop(w, norm, way, start, drop, lengths) for w, norm, way, start, drop in zip(wx, norms, ways, h, drops))
 
     def init_state(self,
         batch: int, # streams side by side

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'Choice', 'load_backend', 'refusal', 'explain_backend', 'backend_of', 'batch_first', 'laid', 'dense',
-           'foretell', 'light_operator', 'light_operator_backward', 'keep_for_backward', 'differentiate',
+           'norm_of', 'foretell', 'light_operator', 'light_operator_backward', 'keep_for_backward', 'differentiate',
            'refuse_second', 'light_flops', 'light_flops_backward', 'check_operands', 'light_recurrence']
 
 # %% ../../nbs/ligru/15_operator.ipynb #15ff49c7
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from ..core.registry import EsslError
 from . import cell as reference
-from .cell import check_names, remake
+from .cell import Norm, check_names, norm_backward, normalised, remake
 
 # %% ../../nbs/ligru/15_operator.ipynb #5c246b74
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -99,7 +99,12 @@ def dense(*tensors) -> list:
     return [None if t is None else t.detach().contiguous() for t in tensors]
 
 
-def foretell(wx, u, h0, drop, lengths, gain, bias, cell, activation, eps, recompute, backend, threads) -> tuple:
+def norm_of(mean, rstd, weight, shift, own) -> Norm | None:
+    "The norm of W x, from the operator's tensors."
+    return None if mean is None else Norm(*dense(mean, rstd, weight, shift), own)
+
+
+def foretell(wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, cell, activation, eps, recompute, backend, threads) -> tuple:
     "Tensors of the shapes that the operator gives, lying as wx does."
     (T, B, H2), first = wx.shape, batch_first(wx)
     new = lambda *shape: wx.new_empty(B, T, *shape).transpose(0, 1) if first else wx.new_empty(T, B, *shape)
@@ -110,15 +115,17 @@ def foretell(wx, u, h0, drop, lengths, gain, bias, cell, activation, eps, recomp
 @torch.library.custom_op("essl_nb::light_recurrence", mutates_args=())
 def light_operator(
     wx: Tensor, u: Tensor, h0: Tensor, drop: Optional[Tensor], lengths: Optional[Tensor], gain: Optional[Tensor], bias: Optional[Tensor],
+    mean: Optional[Tensor], rstd: Optional[Tensor], weight: Optional[Tensor], shift: Optional[Tensor], own: bool,
     cell: str, activation: str, eps: float, recompute: bool, backend: str, threads: Optional[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # states (T,B,H); gates (T,B,2H), normalised (T,B,2H), 1/std (T,B), empty where there are none
     "The states, and what the backward pass needs."
     if not wx.numel():
-        return foretell(wx, u, h0, drop, lengths, gain, bias, cell, activation, eps, recompute, backend, threads)
-    module, counts = backend_of(backend, wx)
-    kw = dict(cell=cell, activation=activation, eps=eps, recompute=recompute, **({"threads": threads} if counts else {}))
+        return foretell(wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, cell, activation, eps, recompute, backend, threads)
+    (module, cpu), norm = backend_of(backend, wx), norm_of(mean, rstd, weight, shift, own)
+    kw = dict(cell=cell, activation=activation, eps=eps, recompute=recompute, **(dict(threads=threads, norm=norm) if cpu else {}))
     first = batch_first(wx)
-    hs, kept = module.forward(laid(wx, first and counts), *dense(u, h0, drop, lengths, gain, bias), **kw)
+    w = laid(wx, True) if first and cpu else laid(wx if cpu else normalised(wx, norm), False)
+    hs, kept = module.forward(w, *dense(u, h0, drop, lengths, gain, bias), **kw)
     return laid(hs, first), *(laid(k, first) for k in kept), *(wx.new_empty(0) for _ in range(3 - len(kept)))
 
 
@@ -128,50 +135,57 @@ light_operator.register_fake(foretell)
 @torch.library.custom_op("essl_nb::light_recurrence_backward", mutates_args=())
 def light_operator_backward(
     grad: Tensor, wx: Optional[Tensor], u: Tensor, h0: Tensor, drop: Optional[Tensor], lengths: Optional[Tensor],
-    gain: Optional[Tensor], bias: Optional[Tensor], hs: Tensor, gates: Tensor, xhat: Tensor, rstd: Tensor,
-    cell: str, activation: str, eps: float, backend: str, threads: Optional[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: # of wx (T,B,2H), u (2H,H), h0 (B,H), gain and bias (2H,), the last two empty where there are none
+    gain: Optional[Tensor], bias: Optional[Tensor], mean: Optional[Tensor], rstd: Optional[Tensor], weight: Optional[Tensor], shift: Optional[Tensor], own: bool,
+    hs: Tensor, gates: Tensor, xhat: Tensor, scale: Tensor, cell: str, activation: str, eps: float, recompute: bool, backend: str, threads: Optional[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: # of wx (T,B,2H), u (2H,H), h0 (B,H), gain, bias, weight and shift (2H,), the last four empty where there are none
     "The gradients."
+    vectors = gain, bias, weight, shift
     if not hs.numel():
-        return (*(torch.zeros_like(t) for t in (gates if wx is None else wx, u, h0)), *(u.new_empty(0) if t is None else torch.zeros_like(t) for t in (gain, bias)))
-    module, counts = backend_of(backend, hs)
-    first = batch_first(hs)
-    inside = lambda *tensors: [laid(t, first and counts) for t in tensors]
-    (grad, hs), (u, h0, drop, lengths, gain, bias) = inside(grad, hs), dense(u, h0, drop, lengths, gain, bias)
-    if wx is not None:
-        kept = remake(*inside(wx), u, h0, gain, bias, hs, cell=cell, activation=activation, eps=eps)
+        T, B, H = hs.shape
+        return hs.new_zeros(T, B, 2 * H), *(torch.zeros_like(t) for t in (u, h0)), *(u.new_empty(0) if t is None else torch.zeros_like(t) for t in vectors)
+    (module, cpu), norm, first = backend_of(backend, hs), norm_of(mean, rstd, weight, shift, own), batch_first(hs)
+    inside = lambda *tensors: [None if t is None else laid(t, first and cpu) for t in tensors]
+    (grad, wx, hs), (u, h0, drop, lengths, gain, bias) = inside(grad, wx, hs), dense(u, h0, drop, lengths, gain, bias)
+    if recompute:
+        kept = remake(normalised(wx, norm), u, h0, gain, bias, hs, cell=cell, activation=activation, eps=eps)
     else:
-        kept = inside(gates) if cell == "ligru" else inside(gates, xhat, rstd)
-    kw = dict(cell=cell, activation=activation, **({"threads": threads} if counts else {}))
-    dwx, du, dh0, dgain, dbias = module.backward(grad, u, h0, drop, lengths, gain, hs, tuple(kept), **kw)
+        kept = inside(gates) if cell == "ligru" else inside(gates, xhat, scale)
+    kw = dict(cell=cell, activation=activation, **(dict(threads=threads, wx=wx, norm=norm) if cpu else {}))
+    dwx, du, dh0, *rest = module.backward(grad, u, h0, drop, lengths, gain, hs, tuple(kept), **kw)
+    if not cpu:
+        dwx, *affine = norm_backward(dwx, wx, norm, lengths)
+        rest += affine
     empty = lambda given, d: u.new_empty(0) if given is None or d is None else d
-    return laid(dwx, first), du, dh0, empty(gain, dgain), empty(bias, dbias)
+    return laid(dwx, first), du, dh0, *map(empty, vectors, rest)
 
 
 @light_operator_backward.register_fake
-def _(grad, wx, u, h0, drop, lengths, gain, bias, hs, gates, xhat, rstd, cell, activation, eps, backend, threads):
+def _(grad, wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, hs, gates, xhat, scale, cell, activation, eps, recompute, backend, threads):
     T, B, H = hs.shape
-    affine = (u.new_empty(0) if t is None else torch.empty_like(t) for t in (gain, bias))
+    affine = (u.new_empty(0) if t is None else torch.empty_like(t) for t in (gain, bias, weight, shift))
     dwx = hs.new_empty(B, T, 2 * H).transpose(0, 1) if batch_first(hs) else hs.new_empty(T, B, 2 * H)
     return dwx, u.new_empty(2 * H, H), h0.new_empty(B, H), *affine
 
 # %% ../../nbs/ligru/15_operator.ipynb #72c286e6
 def keep_for_backward(ctx, inputs, output):
     "What the backward pass will be given."
-    wx, u, h0, drop, lengths, gain, bias, *rest, recompute, backend, threads = inputs
-    ctx.save_for_backward(wx if recompute else None, u, h0, drop, lengths, gain, bias, *output)
-    ctx.settings = (*rest, backend, threads)
+    wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, *settings = inputs
+    recompute = settings[-3]
+    ctx.save_for_backward(wx if recompute or mean is not None else None, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, *output)
+    ctx.settings = own, settings
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
 def differentiate(ctx, grad, *unused):
     "Gradients of the operator's tensors; None for its settings."
-    wx, u, h0, drop, lengths, gain, bias, *output = ctx.saved_tensors
+    *inputs, hs, gates, xhat, scale = ctx.saved_tensors
     if grad is None:
-        return (None,) * 13
-    dwx, du, dh0, dgain, dbias = light_operator_backward(grad, wx, u, h0, drop, lengths, gain, bias, *output, *ctx.settings)
-    return dwx, du, dh0, None, None, None if gain is None else dgain, None if bias is None else dbias, *[None] * 6
+        return (None,) * 18
+    (own, settings), (gain, bias, _, _, weight, shift) = ctx.settings, inputs[5:]
+    dwx, du, dh0, *rest = light_operator_backward(grad, *inputs, own, hs, gates, xhat, scale, *settings)
+    dgain, dbias, dweight, dshift = (None if given is None else d for given, d in zip((gain, bias, weight, shift), rest))
+    return dwx, du, dh0, None, None, dgain, dbias, None, None, dweight, dshift, *[None] * 7
 
 
 def refuse_second(ctx, *grads):
@@ -187,7 +201,8 @@ def light_flops(wx_shape, u_shape, *args, out_shape=None, **kw) -> int: # two fo
 
 def light_flops_backward(grad_shape, wx_shape, u_shape, *args, out_shape=None, **kw) -> int:
     "One product for the state and one for the weights, and one more where nothing was kept."
-    return (2 if wx_shape is None else 3) * 2 * grad_shape[0] * grad_shape[1] * u_shape[0] * u_shape[1]
+    recompute = args[-3]
+    return (3 if recompute else 2) * 2 * grad_shape[0] * grad_shape[1] * u_shape[0] * u_shape[1]
 
 
 light_operator.register_autograd(differentiate, setup_context=keep_for_backward)
@@ -205,7 +220,8 @@ def check_operands(wx: Tensor, u: Tensor, h0: Tensor, others: dict) -> None: # r
     T, B, H2 = wx.shape
     H = H2 // 2
     shapes = {"u": (u, (H2, H)), "h0": (h0, (B, H)), "drop": (others["drop"], (B, H)), "lengths": (others["lengths"], (B,)),
-              "gain": (others["gain"], (H2,)), "bias": (others["bias"], (H2,))}
+              "gain": (others["gain"], (H2,)), "bias": (others["bias"], (H2,)),
+              **{f"norm.{name}": (t, (H2,)) for name, t in zip(Norm._fields[:4], others["norm"] or ())}}
     for name, (t, shape) in shapes.items():
         if t is None:
             continue
@@ -218,7 +234,7 @@ def check_operands(wx: Tensor, u: Tensor, h0: Tensor, others: dict) -> None: # r
 
 
 def light_recurrence(
-    wx: Tensor, # (T,B,2H) N(W x): candidate, gate
+    wx: Tensor, # (T,B,2H) N(W x), or W x with a norm: candidate, gate
     u: Tensor, # (2H,H) recurrent weights
     h0: Tensor, # (B,H) the state before
     drop: Tensor | None = None, # (B,H) dropout mask of the candidate
@@ -226,6 +242,7 @@ def light_recurrence(
     gain: Tensor | None = None, # (2H,) of SLi-GRU's layer norm
     bias: Tensor | None = None, # (2H,) of SLi-GRU's layer norm
     *,
+    norm: Norm | None = None, # of wx, still to be applied
     cell: str = "ligru", # or "sligru"
     activation: str = "relu", # one of ACTIVATIONS
     eps: float = 1e-5, # of SLi-GRU's layer norm
@@ -235,7 +252,7 @@ def light_recurrence(
 ) -> Tensor: # (T,B,H) the states; raises EsslError
     "The states of a Light GRU after each frame, by the fastest loop there is for them."
     check_names(cell, activation)
-    check_operands(wx, u, h0, dict(drop=drop, lengths=lengths, gain=gain, bias=bias))
+    check_operands(wx, u, h0, dict(drop=drop, lengths=lengths, gain=gain, bias=bias, norm=norm))
     if (gain is not None or bias is not None) and cell != "sligru":
         raise EsslError("gain and bias were given; only cell='sligru' has a recurrent layer norm that takes them.")
-    return torch.ops.essl_nb.light_recurrence(wx, u, h0, drop, lengths, gain, bias, cell, activation, eps, recompute, backend, threads)[0]
+    return torch.ops.essl_nb.light_recurrence(wx, u, h0, drop, lengths, gain, bias, *(norm or (None,) * 4 + (False,)), cell, activation, eps, recompute, backend, threads)[0]
