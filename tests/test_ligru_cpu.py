@@ -1,5 +1,8 @@
 """The CPU kernel of the Light GRU against the loop in torch: every output and gradient, at sizes that fit and sizes that do not."""
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,7 +11,7 @@ from llvmlite import binding, ir
 
 from essl_nb.core.registry import EsslError
 from essl_nb.ligru import cell as reference
-from essl_nb.ligru import cpu, vectors
+from essl_nb.ligru import cpu, threads, vectors
 from essl_nb.ligru.vectors import multiply, pack
 
 DOUBLE = torch.double
@@ -125,6 +128,28 @@ def test_two_callers_at_once():
     for c in callers:
         c.join()
     assert all(torch.equal(a, b) for got in found.values() for a, b in zip(got, truth) if b is not None)
+
+
+def test_threads_of_python_give_what_torchs_do(monkeypatch):
+    given, grad = problem(30, 4, 256, torch.float, cell="sligru")
+    truth = run(cpu, given, grad, cell="sligru", threads=3)
+    monkeypatch.setattr(threads, "openmp", lambda: None)
+    assert threads.entry(3) == 0
+    assert all(torch.equal(a, b) for a, b in zip(run(cpu, given, grad, cell="sligru", threads=3), truth) if b is not None)
+
+
+@pytest.mark.skipif(threads.openmp() is None, reason="torch has no OpenMP library of GCC's here")
+@pytest.mark.parametrize("setting, trusted", [({}, True), ({"OMP_THREAD_LIMIT": "1"}, False), ({"OMP_DYNAMIC": "true"}, False), ({"OMP_NUM_THREADS": "1"}, True)], ids=str)
+def test_openmp_is_asked_only_where_it_gives_all_threads(setting, trusted):
+    code = """
+import torch
+from essl_nb.ligru import cpu, threads
+hs, _ = cpu.forward(torch.randn(9, 2, 256), torch.randn(256, 128), torch.zeros(2, 128), threads=2)
+print(bool(threads.entry(2)), hs.isfinite().all().item())
+"""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    found = subprocess.run([sys.executable, "-c", code], env=clean | setting, capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == [str(trusted), "True"], found.stderr
 
 
 def in_worker(queue):

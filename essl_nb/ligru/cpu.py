@@ -14,8 +14,8 @@ from torch import Tensor
 from ..core.registry import EsslError
 from . import cell as reference
 from .cell import ACTIVATIONS, Norm, check_names, norm_backward, normalised
-from .loop import Form, Given, Kept, Shares, run_backward, run_forward, run_norm
-from .threads import share_of
+from .loop import Form, Given, Kept, Shares, backward_on_torchs, backward_share, forward_on_torchs, forward_share, norm_on_torchs, norm_share
+from .threads import share_of, side_by_side
 from .vectors import Layout, as_frames, as_rows, fresh, layout_of, pack, packed_shape
 
 # %% ../../nbs/ligru/11_cpu.ipynb #8c9c5e6e
@@ -98,7 +98,7 @@ def forward(
     tables = [fresh(wx, n, *width) for n, width in ((rows, (H,)), (kept, (H2,)), (normed, (H2,)), (normed, ()))]
     given, made, form = as_given(wx, h0, drop, lengths, gain, bias, norm, layout), Kept(*(x.numpy() for x in tables)), as_form(cell, activation, wx.dtype, keep=keep, eps=eps)
     weights = lambda low, high: (u if threads == 1 else torch.cat([u[low:high], u[H + low:H + high]])).T
-    run_forward(threads, given, made, layout, as_shares(weights, B, H, threads, wx), form)
+    side_by_side(forward_share, forward_on_torchs, threads, given, made, layout, as_shares(weights, B, H, threads, wx), form)
     hs, *kept = (as_frames(x, layout) if len(x) == rows else x for x in tables)
     return hs, tuple(kept if layered else kept[:1]) if keep else ()
 
@@ -150,11 +150,11 @@ def backward(
     gates, xhat, rstd = kept if layered else (*kept, hs[:0], hs[:0, 0])
     made, given = Kept(*(x.numpy() for x in (hs, gates, xhat, rstd))), as_given(wx, h0, drop, lengths, gain, None, norm, layout)
     arrays, form = [x.numpy() for x in (dwx, dp, d, sums)], as_form(cell, activation, hs.dtype, sums=norm is not None)
-    run_backward(threads, grad.numpy(), given, made, *arrays, layout, as_shares(lambda low, high: u[:, low:high], B, H, threads, hs), form)
+    side_by_side(backward_share, backward_on_torchs, threads, grad.numpy(), given, made, *arrays, layout, as_shares(lambda low, high: u[:, low:high], B, H, threads, hs), form)
     du = weight_gradient(dp, hs, h0.detach(), layout)
     affine = ((dwx * xhat).sum(0), dwx.sum(0)) if layered and gain is not None else (None, None)
     if norm is None:
         return as_frames(dwx, layout), du, d, *affine, None, None
     share = sums * torch.stack([torch.ones_like(norm.rstd), norm.rstd**2]) / given.lengths.sum() if norm.own else torch.zeros_like(sums)
-    run_norm(threads, threads, arrays[0], given, share.numpy(), layout)
+    side_by_side(norm_share, norm_on_torchs, threads, threads, arrays[0], given, share.numpy(), layout)
     return as_frames(dwx, layout), du, d, *affine, sums[1] * norm.rstd, sums[0]
