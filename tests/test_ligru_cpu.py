@@ -178,7 +178,7 @@ def test_product_at_every_number_of_rows(B):
     a, weights = torch.randn(3 * B, 37), torch.randn(37, 61)
     packed = pack(weights)
     out = torch.empty(B, packed.shape[0] * packed.shape[2])
-    multiply(out.numpy(), a.numpy(), 1, 3, packed.numpy(), B & 1)
+    multiply(out.numpy(), a.numpy(), 1, 3, packed.numpy(), 61, B & 1)
     assert torch.allclose(out[:, :61], a[1::3] @ weights, atol=1e-4)
 
 
@@ -201,7 +201,7 @@ def test_tile_is_vector_code_on_other_processors(triple, features, instruction, 
     p = real.as_pointer()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [p, vectors.INT64, p, vectors.INT64, p, vectors.INT64]), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    vectors.product_tile(builder, real, 4, *function.args)
+    vectors.product_tile(builder, real, 4, 3, *function.args)
     builder.ret_void()
     machine = target.create_target_machine(features=features, opt=3)
     assembly = machine.emit_assembly(binding.parse_assembly(str(module)))

@@ -180,6 +180,8 @@ def time_point(
     def call(model):
         if isinstance(model, Floor):
             return model.run(which)
+        x.grad = None
+        model.zero_grad()  # as between the steps of a training
         with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             y = model(x)[0]
             if training:

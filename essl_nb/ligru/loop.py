@@ -178,7 +178,7 @@ def forward_share(me, given, kept, layout, shares, form):
     p = np.empty((layout.batch, packed.shape[0] * packed.shape[2]), given.wx.dtype)
     for t in range(layout.frames):
         before, first, step = (kept.hs, (t - 1) * back, layout.by_utterance) if t else (given.h0, 0, 1)
-        multiply(p, before, first, step, packed, t & 1)
+        multiply(p, before, first, step, packed, 2 * (high - low), t & 1)
         if form.norm:
             met += threads
             normalise(me, p, t, met, given, kept, layout, shares, form)
@@ -290,7 +290,7 @@ def backward_share(me, grad, given, kept, dwx, dp, d, sums, layout, shares, form
         if threads > 1:
             met += threads
             meet(address(shares.counter), met)
-        multiply(du, dp, t * layout.by_frame, layout.by_utterance, packed, t & 1)
+        multiply(du, dp, t * layout.by_frame, layout.by_utterance, packed, high - low, t & 1)
     for b in range(layout.batch):
         D, more = d[b, low:high], du[b]
         for i in range(high - low):

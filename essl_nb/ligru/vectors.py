@@ -12,6 +12,7 @@ import ctypes
 import inspect
 import math
 import sys
+from itertools import product
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
@@ -68,8 +69,8 @@ def sum_over_k(b, K, start, stride: int, chains: list, one_k) -> tuple: # k wher
     return k, sums
 
 
-def product_tile(b, real, rows: int, C, ldc, A, lda, P, K) -> None:
-    "C[:rows, one tile of columns] = A[:rows, :K] @ P, with P (K, columns of the tile) packed."
+def product_tile(b, real, rows: int, vectors: int, C, ldc, A, lda, P, K) -> None:
+    "C[:rows, the first vectors of one tile] = A[:rows, :K] @ P, with P (K, columns of the tile) packed."
     n = VECTOR // size_of(real)  # numbers of a vector
     vector, fma = ir.VectorType(real, n), f"llvm.fma.v{n}f{8 * size_of(real)}"
     zeros, none = ir.Constant(vector, [0.0] * n), ir.Constant(vector, ir.Undefined)
@@ -78,40 +79,40 @@ def product_tile(b, real, rows: int, C, ldc, A, lda, P, K) -> None:
 
     def one_k(k, sums):
         at = b.mul(k, INT64(VECTORS * n))
-        weights = [b.load(b.bitcast(b.gep(P, [b.add(at, INT64(j * n))]), vector.as_pointer()), align=VECTOR) for j in range(VECTORS)]
+        weights = [b.load(b.bitcast(b.gep(P, [b.add(at, INT64(j * n))]), vector.as_pointer()), align=VECTOR) for j in range(vectors)]
         values = [b.load(b.gep(start, [k])) for start in starts]
         spread = [b.shuffle_vector(b.insert_element(none, x, INT32(0)), none, everywhere) for x in values]
         return [[llvm_call(b, fma, x, w, s) for w, s in zip(weights, row)] for x, row in zip(spread, sums)]
 
-    chains = max(1, min(4, 8 // (rows * VECTORS)))
-    k, sums = sum_over_k(b, K, INT64(0), max(2, chains), [[[zeros] * VECTORS] * rows] * chains, one_k)
+    chains = max(1, min(4, 8 // (rows * vectors)))
+    k, sums = sum_over_k(b, K, INT64(0), max(2, chains), [[[zeros] * vectors] * rows] * chains, one_k)
     total = sums[0]
     for more in sums[1:]:
         total = [[b.fadd(x, y) for x, y in zip(*pair)] for pair in zip(total, more)]
     total = sum_over_k(b, K, k, 1, [total], one_k)[1][0]
     for r in range(rows):
-        for j in range(VECTORS):
+        for j in range(vectors):
             to = b.gep(C, [b.add(b.mul(ldc, INT64(r)), INT64(j * n))])
             b.store(total[r][j], b.bitcast(to, vector.as_pointer()), align=size_of(real))
 
 # %% ../../nbs/ligru/09_vectors.ipynb #f71e4fbe
 @intrinsic
-def multiply_rows(context, C, ldc, A, lda, P, K, rows, like):
-    "One tile for 1 to ROWS rows; addresses and strides in numbers."
+def multiply_rows(context, C, ldc, A, lda, P, K, rows, vectors, like):
+    "1 to VECTORS vectors of a tile for 1 to ROWS rows; addresses and strides in numbers."
     def generate(context, b, signature, args):
-        real, (C, ldc, A, lda, P, K, rows, _) = real_type(like), args
+        real, (C, ldc, A, lda, P, K, rows, vectors, _) = real_type(like), args
         C, A, P = (b.inttoptr(x, real.as_pointer()) for x in (C, A, P))
         end = b.append_basic_block("end")
-        switch = b.switch(rows, end)
-        for n in range(1, ROWS + 1):
-            block = b.append_basic_block(f"rows_{n}")
-            switch.add_case(INT64(n), block)
+        switch = b.switch(b.add(b.mul(rows, INT64(VECTORS)), vectors), end)
+        for n, v in product(range(1, ROWS + 1), range(1, VECTORS + 1)):
+            block = b.append_basic_block(f"rows_{n}_vectors_{v}")
+            switch.add_case(INT64(n * VECTORS + v), block)
             b.position_at_end(block)
-            product_tile(b, real, n, C, ldc, A, lda, P, K)
+            product_tile(b, real, n, v, C, ldc, A, lda, P, K)
             b.branch(end)
         b.position_at_end(end)
         return context.get_dummy_value()
-    return types.void(*[types.intp] * 7, like), generate
+    return types.void(*[types.intp] * 8, like), generate
 
 
 @intrinsic
@@ -127,15 +128,17 @@ compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST))
 
 
 @compiled
-def multiply(out, a, first, step, packed, from_last):
-    # out (B,N'), a (rows,K) of which rows first, first + step, … are taken, packed (tiles,K,columns) → out = those @ weights
-    B, K, (tiles, _, columns), ld, size = out.shape[0], a.shape[1], packed.shape, out.shape[1], out.itemsize
+def multiply(out, a, first, step, packed, N, from_last):
+    # out (B,≥N), a (rows,K) of which rows first, first + step, … are taken, packed (tiles,K,columns) → out[:, :N] = those @ weights
+    B, K, (_, _, columns), ld, size = out.shape[0], a.shape[1], packed.shape, out.shape[1], out.itemsize
+    vector, tiles = columns // VECTORS, (N + columns - 1) // columns
     to, rows, weights, blocks = address(out), address(a), address(packed), (B + ROWS - 1) // ROWS
     for i in range(tiles):
         tile, r = tiles - 1 - i if from_last else i, 0
+        vectors = min(VECTORS, (N - tile * columns + vector - 1) // vector)
         for block in range(blocks):  # rows in nearly equal parts
             n = (B - r) // (blocks - block)
-            multiply_rows(to + (r * ld + tile * columns) * size, ld, rows + (first + r * step) * K * size, step * K, weights + tile * K * columns * size, K, n, out)
+            multiply_rows(to + (r * ld + tile * columns) * size, ld, rows + (first + r * step) * K * size, step * K, weights + tile * K * columns * size, K, n, vectors, out)
             r += n
 
 # %% ../../nbs/ligru/09_vectors.ipynb #1cad2a6a
