@@ -112,9 +112,9 @@ def test_opcheck(cell, recompute):
     for backend in ("reference", "cpu"):
         args = list(operands(10, 2, 3, cell))
         args[4] = args[4] if backend == "reference" else None  # what the CPU's loop keeps of an utterance that has ended is never read, and not written
-        torch.library.opcheck(light_operator, (*args, None, None, None, None, False, cell, "relu", 1e-5, recompute, backend, None))
+        torch.library.opcheck(light_operator, (*args, None, None, None, None, False, cell, "relu", 1e-5, recompute, backend, None, None))
         norm, _ = norm_for(args[0], own=recompute)
-        torch.library.opcheck(light_operator, (*args[:3], None, None, None, None, *norm, cell, "relu", 1e-5, recompute, backend, 1))
+        torch.library.opcheck(light_operator, (*args[:3], None, None, None, None, *norm, cell, "relu", 1e-5, recompute, backend, 1, None))
 
 
 @pytest.mark.parametrize("T, B", [(0, 3), (1, 3), (9, 1), (9, 0), (0, 0)])

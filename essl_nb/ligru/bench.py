@@ -189,8 +189,6 @@ def time_point(
         if device == "cuda":
             torch.cuda.synchronize()
 
-    if dtype == "bfloat16":
-        torch.set_float32_matmul_precision("medium")  # LiGRU's kernel too may take the tensor core
     for name in names:
         try:
             model = known[name](shape)

@@ -16,7 +16,7 @@ from . import cell as reference
 from .cell import ACTIVATIONS, Norm, check_names, norm_backward, normalised
 from .loop import Form, Given, Kept, Shares, backward_on_torchs, backward_share, forward_on_torchs, forward_share, norm_on_torchs, norm_share
 from .threads import share_of, side_by_side
-from .vectors import Layout, as_frames, as_rows, fresh, layout_of, pack, packed_shape
+from .vectors import Layout, as_frames, as_rows, as_strided, layout_of, pack, packed_shape
 
 # %% ../../nbs/ligru/11_cpu.ipynb #8c9c5e6e
 SHORT = 8 # frames below which the reference is faster
@@ -95,7 +95,7 @@ def forward(
         return reference.forward(normalised(wx, norm), u, h0, drop, lengths, gain, bias, cell=cell, activation=activation, eps=eps, recompute=recompute)
     H, rows, u = H2 // 2, T * B, u.detach()
     threads, kept, normed = choose_threads(H, threads), rows if keep else 1, rows if keep and layered else 0
-    tables = [fresh(wx, n, *width) for n, width in ((rows, (H,)), (kept, (H2,)), (normed, (H2,)), (normed, ()))]
+    tables = [wx.new_empty(n, *width) for n, width in ((rows, (H,)), (kept, (H2,)), (normed, (H2,)), (normed, ()))]
     given, made, form = as_given(wx, h0, drop, lengths, gain, bias, norm, layout), Kept(*(x.numpy() for x in tables)), as_form(cell, activation, wx.dtype, keep=keep, eps=eps)
     weights = lambda low, high: (u if threads == 1 else torch.cat([u[low:high], u[H + low:H + high]])).T
     side_by_side(forward_share, forward_on_torchs, threads, given, made, layout, as_shares(weights, B, H, threads, wx), form)
@@ -120,7 +120,7 @@ def weight_gradient(
 
 
 def backward(
-    grad: Tensor, # (T,B,H) dL/dh
+    grad: Tensor, # (T,B,H) dL/dh, in any order of memory
     u: Tensor, # (2H,H)
     h0: Tensor, # (B,H)
     drop: Tensor | None, # (B,H)
@@ -144,13 +144,13 @@ def backward(
         dwx, *affine = norm_backward(dwx, wx, norm, lengths)
         return dwx, *rest, *affine
     threads, rows, u = choose_threads(H, threads), T * B, u.detach()
-    dwx, d, sums = fresh(hs, rows, 2 * H), hs.new_zeros(B, H), hs.new_zeros(2, 2 * H)
-    dp = fresh(hs, rows, 2 * H) if layered else dwx
-    hs, grad, *kept = (as_rows(x, layout) for x in (hs, grad, *kept))
+    dwx, d, sums = hs.new_empty(rows, 2 * H), hs.new_zeros(B, H), hs.new_zeros(2, 2 * H)
+    dp = hs.new_empty(rows, 2 * H) if layered else dwx
+    hs, *kept = (as_rows(x, layout) for x in (hs, *kept))
     gates, xhat, rstd = kept if layered else (*kept, hs[:0], hs[:0, 0])
     made, given = Kept(*(x.numpy() for x in (hs, gates, xhat, rstd))), as_given(wx, h0, drop, lengths, gain, None, norm, layout)
     arrays, form = [x.numpy() for x in (dwx, dp, d, sums)], as_form(cell, activation, hs.dtype, sums=norm is not None)
-    side_by_side(backward_share, backward_on_torchs, threads, grad.numpy(), given, made, *arrays, layout, as_shares(lambda low, high: u[:, low:high], B, H, threads, hs), form)
+    side_by_side(backward_share, backward_on_torchs, threads, as_strided(grad), given, made, *arrays, layout, as_shares(lambda low, high: u[:, low:high], B, H, threads, hs), form)
     du = weight_gradient(dp, hs, h0.detach(), layout)
     affine = ((dwx * xhat).sum(0), dwx.sum(0)) if layered and gain is not None else (None, None)
     if norm is None:

@@ -55,12 +55,12 @@ class Direction(nn.Module):
         if hasattr(self.norm, "reset_parameters"):
             self.norm.reset_parameters()
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> tuple: # (B,T,D), (n,) → (B,T,2H); a batch norm that the loop will apply, or None
-        "W x of all frames at once; with `rows`, of these of the B·T alone, and zeros elsewhere."
+    def forward(self, x: Tensor, rows: Tensor | None = None, apart: bool = False) -> tuple: # (B,T,D), (n,) → (B,T,2H); a batch norm that the loop will apply, or None
+        "W x of all frames at once; with `rows`, of these of the B·T alone, and zeros elsewhere. A batch norm is left to the loop unless it is to be `apart`."
         flat = x.flatten(0, 1)
         w = self.w(flat if rows is None else flat.index_select(0, rows)).to(self.u.dtype)
         with no_autocast(x.device.type):
-            w, norm = (w, self.norm.vectors(w)) if isinstance(self.norm, BatchNorm) else (self.norm(w), None)
+            w, norm = (w, self.norm.vectors(w)) if isinstance(self.norm, BatchNorm) and not apart else (self.norm(w), None)
         w = w if rows is None else w.new_zeros(len(flat), w.shape[1]).index_copy(0, rows, w)
         return w.view(*x.shape[:2], -1), norm
 
@@ -220,16 +220,23 @@ class Stack(LightGRU):
             x = zero_pads(x, real)
         return x, torch.stack(last)
 
+    def both_at_once(self, ways, x: Tensor) -> bool:
+        "Do two directions with weights of their own go through the loop together? The GPU's kernel takes both in one launch."
+        return len(ways) > 1 and x.is_cuda and not torch.compiler.is_compiling() and self.took.name == "cuda"
+
     def states(self, ways, x: Tensor, h: Tensor, drops: list, *, lengths, heard, rows) -> tuple: # (B,T,H) of each direction, in its own order of time
         "The states of one layer."
         kw = dict(cell=self.cell, activation=self.activation, eps=self.eps, recompute=self.recompute, backend=self.backend, threads=self.threads)
-        loop = lambda w, norm, way, h, drop, lengths: light_recurrence(w.transpose(0, 1), way.u, h, drop, lengths, way.gain, way.bias, norm=norm, **kw).transpose(0, 1)
-        wx, norms = zip(*(way(x, heard) for way in ways))  # (B,T,2H) each
-        if self.shared_directions:
-            both = torch.cat([wx[0], turned(wx[0], rows)])  # (2B,T,2H)
-            return loop(both, norms[0], ways[0], h.flatten(0, 1), drops[0], None if lengths is None else lengths.repeat(2)).chunk(2)
-        wx = wx[0], *(turned(w, rows) for w in wx[1:])
-        return tuple(loop(w, norm, way, start, drop, lengths) for w, norm, way, start, drop in zip(wx, norms, ways, h, drops))
+        loop = lambda w, norm, h, drop, lengths, u, gain, bias: light_recurrence(w.transpose(0, 1), u, h, drop, lengths, gain, bias, norm=norm, **kw).transpose(0, 1)
+        apart = self.both_at_once(ways, x)
+        wx, norms = zip(*(way(x, heard, apart) for way in ways))  # (B,T,2H) each
+        weights = [(way.u, way.gain, way.bias) for way in ways]
+        wx = wx[0], *(turned(w, rows) for w in (wx if self.shared_directions else wx[1:]))
+        if len(wx) == len(ways) and not apart:
+            return tuple(loop(w, norm, start, drop, lengths, *own) for w, norm, start, drop, own in zip(wx, norms, h, drops, weights))
+        together = lambda join, tensors: None if tensors[0] is None else join(tensors)
+        own = weights[0] if self.shared_directions else [together(torch.stack, each) for each in zip(*weights)]
+        return loop(torch.cat(wx), norms[0], h.flatten(0, 1), together(torch.cat, drops), together(lambda l: l[0].repeat(2), [lengths]), *own).chunk(2)
 
     def init_state(self,
         batch: int, # streams side by side

@@ -212,31 +212,32 @@ gather = per_unit(lambda g, w, mean, total, along: (total + g, along + g * (w - 
 
 @compiled
 def gate_gradients(t, grad, du, given, kept, dwx, d, sums, layout, low, high, form):
-    # grad (T·B,H) dL/dh, du (B,≥n) dP U, d (B,H), sums (2,2H) → dwx (T·B,2H), d times the gate
-    H, n, zero = grad.shape[1], high - low, form.one - form.one
+    # grad dL/dh where it lies, du (B,≥n) dP U, d (B,H), sums (2,2H) → dwx (T·B,2H), d times the gate
+    H, n, zero = d.shape[1], high - low, form.one - form.one
     for b in range(layout.batch):
         at = t * layout.by_frame + b * layout.by_utterance
+        here = t * grad.by_frame + b * grad.by_utterance + low
         if t >= given.lengths[b]:
-            D, g, more = d[b, low:high], grad[at, low:high], du[b]
+            D, g, more = d[b, low:high], grad.numbers[here:here + n], du[b]
             for i in range(n):
                 D[i] += g[i] + more[i]
             dwx[at, low:high], dwx[at, H + low:H + high] = zero, zero
             continue
         h = place(kept.hs, at - layout.by_frame, low) if t else place(given.h0, b, low)
-        places = (place(d, b, low), place(grad, at, low), place(du, b, 0), place(kept.gates, at, low), place(kept.gates, at, H + low), h, place(given.drop, b, low),
+        places = (place(d, b, low), address(grad.numbers) + here * d.itemsize, place(du, b, 0), place(kept.gates, at, low), place(kept.gates, at, H + low), h, place(given.drop, b, low),
             place(d, b, low), place(dwx, at, low), place(dwx, at, H + low))
         if form.activation == RELU:
-            back_relu(n, places, grad)
+            back_relu(n, places, d)
         elif form.activation == LEAKY:
-            back_leaky(n, places, grad)
+            back_leaky(n, places, d)
         elif form.activation == TANH:
-            back_tanh(n, places, grad)
+            back_tanh(n, places, d)
         else:
-            back_sine(n, places, grad)
+            back_sine(n, places, d)
         for first in (low, H + low):
             if form.sums:
                 total, along = place(sums, 0, first), place(sums, 1, first)
-                gather(n, (place(dwx, at, first), place(given.wx, at, first), place(given.norm, 0, first), total, along, total, along), grad)
+                gather(n, (place(dwx, at, first), place(given.wx, at, first), place(given.norm, 0, first), total, along, total, along), d)
 
 # %% ../../nbs/ligru/101_loop.ipynb #c5bf5f01
 @compiled
@@ -275,10 +276,10 @@ def norm_gradients(t, low, high, dwx, dp, given, kept, layout, shares, form):
 # %% ../../nbs/ligru/101_loop.ipynb #b3825bdb
 @compiled
 def backward_share(me, grad, given, kept, dwx, dp, d, sums, layout, shares, form):
-    # grad (T·B,H) dL/dh → dwx, dp (T·B,2H), d (B,H) dL/dh0, sums (2,2H); for one thread's units
+    # grad dL/dh where it lies → dwx, dp (T·B,2H), d (B,H) dL/dh0, sums (2,2H); for one thread's units
     threads, met, packed = len(shares.parts), 0, shares.packed[me]
-    low, high = share_of(grad.shape[1], me, threads)
-    du = np.zeros((layout.batch, packed.shape[0] * packed.shape[2]), grad.dtype)  # dP U
+    low, high = share_of(d.shape[1], me, threads)
+    du = np.zeros((layout.batch, packed.shape[0] * packed.shape[2]), d.dtype)  # dP U
     for t in range(layout.frames - 1, -1, -1):
         gate_gradients(t, grad, du, given, kept, dwx, d, sums, layout, low, high, form)
         if form.norm:

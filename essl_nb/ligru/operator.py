@@ -8,7 +8,7 @@ __all__ = ['BACKENDS', 'Choice', 'load_backend', 'refusal', 'explain_backend', '
            'refuse_second', 'light_flops', 'light_flops_backward', 'check_operands', 'light_recurrence']
 
 # %% ../../nbs/ligru/15_operator.ipynb #15ff49c7
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import NamedTuple, Optional
 
@@ -77,10 +77,12 @@ def explain_backend(
     return Choice(device, f"the tensors are on {device}") if why is None else Choice("reference", f"the compiled loop for {device} cannot run: {why}")
 
 # %% ../../nbs/ligru/15_operator.ipynb #9548bba1
-def backend_of(backend: str, x: Tensor) -> tuple: # the module; is it the CPU's, which is told how many threads to take
+def backend_of(backend: str, x: Tensor, u: Tensor, threads: int | None, precision: str | None) -> tuple: # module, name, what it is told besides; raises EsslError
     "The module that runs the loop for a tensor like x."
     name = explain_backend(backend, x.device, x.dtype).name
-    return (reference if name == "reference" else load_backend(name)[0]), name == "cpu"
+    if u.ndim == 3 and name != "cuda":
+        raise EsslError(f"u of shape {tuple(u.shape)} was given, weights of several directions; only the GPU's kernel runs them at once, and here the backend is {name!r}. Call it for each direction.")
+    return (reference if name == "reference" else load_backend(name)[0]), name, {"cpu": dict(threads=threads), "cuda": dict(precision=precision)}.get(name, {})
 
 
 def batch_first(x: Tensor) -> bool: # x (T,B,…)
@@ -104,7 +106,7 @@ def norm_of(mean, rstd, weight, shift, own) -> Norm | None:
     return None if mean is None else Norm(*dense(mean, rstd, weight, shift), own)
 
 
-def foretell(wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, cell, activation, eps, recompute, backend, threads) -> tuple:
+def foretell(wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, cell, activation, eps, recompute, backend, threads, precision) -> tuple:
     "Tensors of the shapes that the operator gives, lying as wx does."
     (T, B, H2), first = wx.shape, batch_first(wx)
     new = lambda *shape: wx.new_empty(B, T, *shape).transpose(0, 1) if first else wx.new_empty(T, B, *shape)
@@ -116,16 +118,17 @@ def foretell(wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, ow
 def light_operator(
     wx: Tensor, u: Tensor, h0: Tensor, drop: Optional[Tensor], lengths: Optional[Tensor], gain: Optional[Tensor], bias: Optional[Tensor],
     mean: Optional[Tensor], rstd: Optional[Tensor], weight: Optional[Tensor], shift: Optional[Tensor], own: bool,
-    cell: str, activation: str, eps: float, recompute: bool, backend: str, threads: Optional[int],
+    cell: str, activation: str, eps: float, recompute: bool, backend: str, threads: Optional[int], precision: Optional[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # states (T,B,H); gates (T,B,2H), normalised (T,B,2H), 1/std (T,B), empty where there are none
     "The states, and what the backward pass needs."
     if not wx.numel():
-        return foretell(wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, cell, activation, eps, recompute, backend, threads)
-    (module, cpu), norm = backend_of(backend, wx), norm_of(mean, rstd, weight, shift, own)
-    kw = dict(cell=cell, activation=activation, eps=eps, recompute=recompute, **(dict(threads=threads, norm=norm) if cpu else {}))
-    first = batch_first(wx)
-    w = laid(wx, True) if first and cpu else laid(wx if cpu else normalised(wx, norm), False)
-    hs, kept = module.forward(w, *dense(u, h0, drop, lengths, gain, bias), **kw)
+        return foretell(wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, cell, activation, eps, recompute, backend, threads, precision)
+    (module, name, kw), norm, first = backend_of(backend, wx, u, threads, precision), norm_of(mean, rstd, weight, shift, own), batch_first(wx)
+    if name == "cpu":
+        w, kw = laid(wx, first), dict(norm=norm, **kw)
+    else:
+        w = laid(normalised(wx, norm), False)
+    hs, kept = module.forward(w, *dense(u, h0, drop, lengths, gain, bias), cell=cell, activation=activation, eps=eps, recompute=recompute, **kw)
     return laid(hs, first), *(laid(k, first) for k in kept), *(wx.new_empty(0) for _ in range(3 - len(kept)))
 
 
@@ -136,23 +139,26 @@ light_operator.register_fake(foretell)
 def light_operator_backward(
     grad: Tensor, wx: Optional[Tensor], u: Tensor, h0: Tensor, drop: Optional[Tensor], lengths: Optional[Tensor],
     gain: Optional[Tensor], bias: Optional[Tensor], mean: Optional[Tensor], rstd: Optional[Tensor], weight: Optional[Tensor], shift: Optional[Tensor], own: bool,
-    hs: Tensor, gates: Tensor, xhat: Tensor, scale: Tensor, cell: str, activation: str, eps: float, recompute: bool, backend: str, threads: Optional[int],
+    hs: Tensor, gates: Tensor, xhat: Tensor, scale: Tensor, cell: str, activation: str, eps: float, recompute: bool, backend: str, threads: Optional[int], precision: Optional[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: # of wx (T,B,2H), u (2H,H), h0 (B,H), gain, bias, weight and shift (2H,), the last four empty where there are none
     "The gradients."
     vectors = gain, bias, weight, shift
     if not hs.numel():
         T, B, H = hs.shape
         return hs.new_zeros(T, B, 2 * H), *(torch.zeros_like(t) for t in (u, h0)), *(u.new_empty(0) if t is None else torch.zeros_like(t) for t in vectors)
-    (module, cpu), norm, first = backend_of(backend, hs), norm_of(mean, rstd, weight, shift, own), batch_first(hs)
-    inside = lambda *tensors: [None if t is None else laid(t, first and cpu) for t in tensors]
-    (grad, wx, hs), (u, h0, drop, lengths, gain, bias) = inside(grad, wx, hs), dense(u, h0, drop, lengths, gain, bias)
+    (module, name, kw), norm, first = backend_of(backend, hs, u, threads, precision), norm_of(mean, rstd, weight, shift, own), batch_first(hs)
+    inside, form = lambda *tensors: [None if t is None else laid(t, first and name == "cpu") for t in tensors], dict(cell=cell, activation=activation)
+    (wx, hs), (u, h0, drop, lengths, gain, bias) = inside(wx, hs), dense(u, h0, drop, lengths, gain, bias)
+    grad = grad.detach() if name == "cpu" else laid(grad, False)
     if recompute:
-        kept = remake(normalised(wx, norm), u, h0, gain, bias, hs, cell=cell, activation=activation, eps=eps)
+        again = partial(module.remake, **kw) if name == "cuda" else remake
+        kept = again(normalised(wx, norm), u, h0, gain, bias, hs, eps=eps, **form)
     else:
         kept = inside(gates) if cell == "ligru" else inside(gates, xhat, scale)
-    kw = dict(cell=cell, activation=activation, **(dict(threads=threads, wx=wx, norm=norm) if cpu else {}))
-    dwx, du, dh0, *rest = module.backward(grad, u, h0, drop, lengths, gain, hs, tuple(kept), **kw)
-    if not cpu:
+    if name == "cpu":
+        kw = dict(wx=wx, norm=norm, **kw)
+    dwx, du, dh0, *rest = module.backward(grad, u, h0, drop, lengths, gain, hs, tuple(kept), **form, **kw)
+    if name != "cpu":
         dwx, *affine = norm_backward(dwx, wx, norm, lengths)
         rest += affine
     empty = lambda given, d: u.new_empty(0) if given is None or d is None else d
@@ -160,17 +166,17 @@ def light_operator_backward(
 
 
 @light_operator_backward.register_fake
-def _(grad, wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, hs, gates, xhat, scale, cell, activation, eps, recompute, backend, threads):
+def _(grad, wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, hs, gates, xhat, scale, cell, activation, eps, recompute, backend, threads, precision):
     T, B, H = hs.shape
     affine = (u.new_empty(0) if t is None else torch.empty_like(t) for t in (gain, bias, weight, shift))
     dwx = hs.new_empty(B, T, 2 * H).transpose(0, 1) if batch_first(hs) else hs.new_empty(T, B, 2 * H)
-    return dwx, u.new_empty(2 * H, H), h0.new_empty(B, H), *affine
+    return dwx, u.new_empty(u.shape), h0.new_empty(B, H), *affine
 
 # %% ../../nbs/ligru/15_operator.ipynb #72c286e6
 def keep_for_backward(ctx, inputs, output):
     "What the backward pass will be given."
     wx, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, own, *settings = inputs
-    recompute = settings[-3]
+    recompute = settings[-4]
     ctx.save_for_backward(wx if recompute or mean is not None else None, u, h0, drop, lengths, gain, bias, mean, rstd, weight, shift, *output)
     ctx.settings = own, settings
     ctx.mark_non_differentiable(*output[1:])
@@ -181,11 +187,11 @@ def differentiate(ctx, grad, *unused):
     "Gradients of the operator's tensors; None for its settings."
     *inputs, hs, gates, xhat, scale = ctx.saved_tensors
     if grad is None:
-        return (None,) * 18
+        return (None,) * 19
     (own, settings), (gain, bias, _, _, weight, shift) = ctx.settings, inputs[5:]
     dwx, du, dh0, *rest = light_operator_backward(grad, *inputs, own, hs, gates, xhat, scale, *settings)
     dgain, dbias, dweight, dshift = (None if given is None else d for given, d in zip((gain, bias, weight, shift), rest))
-    return dwx, du, dh0, None, None, dgain, dbias, None, None, dweight, dshift, *[None] * 7
+    return dwx, du, dh0, None, None, dgain, dbias, None, None, dweight, dshift, *[None] * 8
 
 
 def refuse_second(ctx, *grads):
@@ -196,13 +202,13 @@ def refuse_second(ctx, *grads):
 
 def light_flops(wx_shape, u_shape, *args, out_shape=None, **kw) -> int: # two for each multiply-accumulate
     "The product of each state with the recurrent weights."
-    return 2 * wx_shape[0] * wx_shape[1] * u_shape[0] * u_shape[1]
+    return 2 * wx_shape[0] * wx_shape[1] * u_shape[-2] * u_shape[-1]
 
 
 def light_flops_backward(grad_shape, wx_shape, u_shape, *args, out_shape=None, **kw) -> int:
     "One product for the state and one for the weights, and one more where nothing was kept."
-    recompute = args[-3]
-    return (3 if recompute else 2) * 2 * grad_shape[0] * grad_shape[1] * u_shape[0] * u_shape[1]
+    recompute = args[-4]
+    return (3 if recompute else 2) * 2 * grad_shape[0] * grad_shape[1] * u_shape[-2] * u_shape[-1]
 
 
 light_operator.register_autograd(differentiate, setup_context=keep_for_backward)
@@ -218,9 +224,11 @@ def check_operands(wx: Tensor, u: Tensor, h0: Tensor, others: dict) -> None: # r
     if wx.ndim != 3 or wx.shape[-1] % 2 or wx.shape[-1] == 0:
         raise EsslError(f"wx of shape {tuple(wx.shape)} was given; it is (T,B,2H), candidate and gate side by side.")
     T, B, H2 = wx.shape
-    H = H2 // 2
-    shapes = {"u": (u, (H2, H)), "h0": (h0, (B, H)), "drop": (others["drop"], (B, H)), "lengths": (others["lengths"], (B,)),
-              "gain": (others["gain"], (H2,)), "bias": (others["bias"], (H2,)),
+    H, ways = H2 // 2, tuple(u.shape[:-2])  # () or (R,)
+    if len(ways) > 1 or (ways and B % ways[0]):
+        raise EsslError(f"u of shape {tuple(u.shape)} was given; it is (2H,H), or (R,2H,H) for R directions whose {B} utterances follow one another in wx.")
+    shapes = {"u": (u, (*ways, H2, H)), "h0": (h0, (B, H)), "drop": (others["drop"], (B, H)), "lengths": (others["lengths"], (B,)),
+              "gain": (others["gain"], (*ways, H2)), "bias": (others["bias"], (*ways, H2)),
               **{f"norm.{name}": (t, (H2,)) for name, t in zip(Norm._fields[:4], others["norm"] or ())}}
     for name, (t, shape) in shapes.items():
         if t is None:
@@ -235,12 +243,12 @@ def check_operands(wx: Tensor, u: Tensor, h0: Tensor, others: dict) -> None: # r
 
 def light_recurrence(
     wx: Tensor, # (T,B,2H) N(W x), or W x with a norm: candidate, gate
-    u: Tensor, # (2H,H) recurrent weights
+    u: Tensor, # (2H,H) recurrent weights; on a GPU also (R,2H,H) for R directions, with the utterances of each after those of the one before
     h0: Tensor, # (B,H) the state before
     drop: Tensor | None = None, # (B,H) dropout mask of the candidate
     lengths: Tensor | None = None, # (B,) int64 real frames; None = all
-    gain: Tensor | None = None, # (2H,) of SLi-GRU's layer norm
-    bias: Tensor | None = None, # (2H,) of SLi-GRU's layer norm
+    gain: Tensor | None = None, # (2H,) of SLi-GRU's layer norm, or (R,2H)
+    bias: Tensor | None = None, # (2H,) of SLi-GRU's layer norm, or (R,2H)
     *,
     norm: Norm | None = None, # of wx, still to be applied
     cell: str = "ligru", # or "sligru"
@@ -255,4 +263,7 @@ def light_recurrence(
     check_operands(wx, u, h0, dict(drop=drop, lengths=lengths, gain=gain, bias=bias, norm=norm))
     if (gain is not None or bias is not None) and cell != "sligru":
         raise EsslError("gain and bias were given; only cell='sligru' has a recurrent layer norm that takes them.")
-    return torch.ops.essl_nb.light_recurrence(wx, u, h0, drop, lengths, gain, bias, *(norm or (None,) * 4 + (False,)), cell, activation, eps, recompute, backend, threads)[0]
+    device = wx.device.type
+    half = device == "cuda" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    settings = cell, activation, eps, recompute, backend, threads, "bf16" if half else None
+    return torch.ops.essl_nb.light_recurrence(wx, u, h0, drop, lengths, gain, bias, *(norm or (None,) * 4 + (False,)), *settings)[0]
