@@ -11,7 +11,7 @@ from llvmlite import binding, ir
 
 from essl_nb.core.registry import EsslError
 from essl_nb.ligru import cell as reference
-from essl_nb.ligru import cpu, threads, vectors
+from essl_nb.ligru import cpu, loop, threads, vectors
 from essl_nb.ligru.vectors import multiply, pack
 
 DOUBLE = torch.double
@@ -182,14 +182,16 @@ def test_product_at_every_number_of_rows(B):
     assert torch.allclose(out[:, :61], a[1::3] @ weights, atol=1e-4)
 
 
-@pytest.mark.parametrize("triple, features, instruction", [
+PROCESSORS = pytest.mark.parametrize("triple, features, instruction", [
     ("aarch64-unknown-linux-gnu", "+neon", "fmla\tv"),
     ("x86_64-unknown-linux-gnu", "+avx2,+fma", "vfmadd"),
     ("x86_64-unknown-linux-gnu", "+avx512f", "zmm"),
 ], ids=["arm64", "avx2", "avx512"])
-@pytest.mark.parametrize("real", [ir.FloatType(), ir.DoubleType()], ids=["float32", "float64"])
-def test_tile_is_vector_code_on_other_processors(triple, features, instruction, real, monkeypatch):
-    "Assembly of one tile: fused multiply-adds on vectors, and no call of a library."
+REALS = pytest.mark.parametrize("real", [ir.FloatType(), ir.DoubleType()], ids=["float32", "float64"])
+
+
+def assembly_on(triple, features, arguments, write, monkeypatch):
+    "What another processor would be given of a function that `write` fills."
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     try:
@@ -198,11 +200,27 @@ def test_tile_is_vector_code_on_other_processors(triple, features, instruction, 
         pytest.skip(f"this LLVM has no {triple}")
     monkeypatch.setattr(vectors, "VECTOR", {"+neon": 16, "+avx2,+fma": 32, "+avx512f": 64}[features])
     module = ir.Module()
-    p = real.as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [p, vectors.INT64, p, vectors.INT64, p, vectors.INT64]), "tile")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "tested")
     builder = ir.IRBuilder(function.append_basic_block())
-    vectors.product_tile(builder, real, 4, 3, *function.args)
+    write(builder, function.args)
     builder.ret_void()
     machine = target.create_target_machine(features=features, opt=3)
-    assembly = machine.emit_assembly(binding.parse_assembly(str(module)))
-    assert instruction in assembly and "fma@" not in assembly and "bl\tfma" not in assembly
+    return machine.emit_assembly(binding.parse_assembly(str(module)))
+
+
+@PROCESSORS
+@REALS
+def test_tile_is_vector_code_on_other_processors(triple, features, instruction, real, monkeypatch):
+    "Assembly of one tile: fused multiply-adds on vectors, and no call of a library."
+    p = real.as_pointer()
+    assembly = assembly_on(triple, features, [p, vectors.INT64, p, vectors.INT64, p, vectors.INT64], lambda b, args: vectors.product_tile(b, real, 4, 3, *args), monkeypatch)
+    assert instruction in assembly and "\tcall" not in assembly and "\tbl\t" not in assembly
+
+
+@PROCESSORS
+@REALS
+def test_formulas_are_vector_code_on_other_processors(triple, features, instruction, real, monkeypatch):
+    "Assembly of a gate: the exponential is arithmetic on vectors, and no call of a library."
+    formula = lambda x, h: [h / (1 + vectors.exponential(0 - x)), loop.curves("tanh")[0](x)]
+    assembly = assembly_on(triple, features, [vectors.INT64, *[real.as_pointer()] * 4], lambda b, args: vectors.unit_loop(b, real, formula, args[0], list(args[1:])), monkeypatch)
+    assert instruction in assembly and "\tcall" not in assembly and "\tbl\t" not in assembly

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .vectors import INT32, INT64, compiled
+from .vectors import BYTE, INT32, INT64, compiled
 
 # %% ../../nbs/ligru/100_threads.ipynb #7bbd6efa
 @intrinsic
@@ -86,7 +86,7 @@ def on_openmp(context, start, threads, function, arguments):
         start, threads, _, packed = args
         found = function.dispatcher.get_compile_result(call)
         context.add_linking_libs([found.library])
-        pointer = ir.IntType(8).as_pointer()
+        pointer = BYTE.as_pointer()
         record = ir.LiteralStructType([INT64, packed.type])
         outer = ir.FunctionType(ir.VoidType(), [pointer])
         share = ir.Function(b.module, outer, b.module.get_unique_name("share"))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VECTOR', 'VECTORS', 'ROWS', 'AHEAD', 'INT64', 'INT32', 'BYTE', 'FAST', 'compiled', 'vector_bytes', 'real_type',
            'size_of', 'llvm_call', 'call_for', 'sum_over_k', 'product_tile', 'multiply_rows', 'address', 'multiply',
-           'packed_shape', 'pack', 'Lanes', 'per_unit', 'exponential', 'Layout', 'layout_of', 'as_rows', 'Strided',
-           'as_strided', 'as_frames']
+           'packed_shape', 'pack', 'Lanes', 'unit_loop', 'per_unit', 'exponential', 'Layout', 'layout_of', 'as_rows',
+           'Strided', 'as_strided', 'as_frames']
 
 # %% ../../nbs/ligru/09_vectors.ipynb #cd8b9eea
 import inspect
@@ -216,33 +216,37 @@ class Lanes:
         return size_of(getattr(self.value.type, "element", self.value.type)) == 4
 
 # %% ../../nbs/ligru/09_vectors.ipynb #12606a71
+def unit_loop(b, real: ir.Type, formula, n, at: list) -> None: # at: where the arguments begin, then the results
+    "Run a formula for units 0 … n-1: whole vectors, then the rest one by one."
+    reads, width, start = len(inspect.signature(formula).parameters), VECTOR // size_of(real), INT64(0)
+    for kind, stride in ((ir.VectorType(real, width), width), (real, 1)):
+        before, (head, body, after) = b.block, [b.append_basic_block(name) for name in ("head", "body", "after")]
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.phi(INT64)
+        b.cbranch(b.icmp_signed("<=", b.add(i, INT64(stride)), n), body, after)
+        b.position_at_end(body)
+        spots = [b.bitcast(b.gep(p, [i]), kind.as_pointer()) for p in at]
+        for value, spot in zip(formula(*(Lanes(b, b.load(spot, align=size_of(real))) for spot in spots[:reads])), spots[reads:]):
+            b.store(value.value, spot, align=size_of(real))
+        for value, block in ((start, before), (b.add(i, INT64(stride)), b.block)):
+            i.add_incoming(value, block)
+        b.branch(head)
+        b.position_at_end(after)
+        start = i
+
+
 def per_unit(formula, results: int):
     "A compiled call (n, (address, …), like) of a formula for units 0 … n-1; `like` is any array of the numbers' type."
-    reads = len(inspect.signature(formula).parameters)
+    places = len(inspect.signature(formula).parameters) + results
 
     @intrinsic
-    def call(context, n, places, like):
+    def call(context, n, addresses, like):
         def generate(context, b, signature, args):
-            real, start, (n, places, _) = real_type(like), INT64(0), args
-            at = [b.inttoptr(b.extract_value(places, i), real.as_pointer()) for i in range(reads + results)]
-            width = VECTOR // size_of(real)
-            for kind, stride in ((ir.VectorType(real, width), width), (real, 1)):
-                before, (head, body, after) = b.block, [b.append_basic_block(name) for name in ("head", "body", "after")]
-                b.branch(head)
-                b.position_at_end(head)
-                i = b.phi(INT64)
-                b.cbranch(b.icmp_signed("<=", b.add(i, INT64(stride)), n), body, after)
-                b.position_at_end(body)
-                spots = [b.bitcast(b.gep(p, [i]), kind.as_pointer()) for p in at]
-                for value, spot in zip(formula(*(Lanes(b, b.load(spot, align=size_of(real))) for spot in spots[:reads])), spots[reads:]):
-                    b.store(value.value, spot, align=size_of(real))
-                for value, block in ((start, before), (b.add(i, INT64(stride)), b.block)):
-                    i.add_incoming(value, block)
-                b.branch(head)
-                b.position_at_end(after)
-                start = i
+            real, (n, addresses, _) = real_type(like), args
+            unit_loop(b, real, formula, n, [b.inttoptr(b.extract_value(addresses, i), real.as_pointer()) for i in range(places)])
             return context.get_dummy_value()
-        return types.void(types.intp, types.UniTuple(types.intp, reads + results), like), generate
+        return types.void(types.intp, types.UniTuple(types.intp, places), like), generate
     return call
 
 # %% ../../nbs/ligru/09_vectors.ipynb #17dda342
