@@ -153,6 +153,20 @@ def test_what_fades_becomes_zero_and_never_subnormal(cell, dtype, T):
         assert not ((t != 0) & (t.abs() < torch.finfo(dtype).tiny)).any()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_is_kept_where_no_gradient_is_asked_for(cell, backend, monkeypatch):
+    args, kept, module = operands(cell=cell), [], operator.backend_of(backend, torch.zeros(1), torch.zeros(2, 1), None, None)[0]
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *a, **kw: (found := forward(*a, **kw), kept.append(found[1]))[0])
+    true = light_recurrence(*args, cell=cell, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(light_recurrence(*args, cell=cell, backend=backend), true)
+    plain = [a if a is None else a.detach() for a in args]
+    assert torch.equal(light_recurrence(*plain, cell=cell, backend=backend), true)
+    assert len(kept[0]) and kept[1:] == [(), ()]
+
+
 def test_a_second_derivative_is_refused():
     wx, u, h0, *_ = operands()
     g, = torch.autograd.grad(light_recurrence(wx, u, h0).square().sum(), u, create_graph=True)

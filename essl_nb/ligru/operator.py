@@ -263,7 +263,8 @@ def light_recurrence(
     check_operands(wx, u, h0, dict(drop=drop, lengths=lengths, gain=gain, bias=bias, norm=norm))
     if (gain is not None or bias is not None) and cell != "sligru":
         raise EsslError("gain and bias were given; only cell='sligru' has a recurrent layer norm that takes them.")
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (wx, u, h0, gain, bias, *(norm or ())[2:4]))
     device = wx.device.type
     half = device == "cuda" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    settings = cell, activation, eps, recompute, backend, threads, "bf16" if half else None
+    settings = cell, activation, eps, recompute or not learning, backend, threads, "bf16" if half else None
     return torch.ops.essl_nb.light_recurrence(wx, u, h0, drop, lengths, gain, bias, *(norm or (None,) * 4 + (False,)), *settings)[0]
