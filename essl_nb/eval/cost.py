@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DURATIONS', 'PRECISIONS', 'CODES', 'baseline_mixer', 'baseline_of', 'noise', 'deployment_call', 'training_call',
-           'measure_deployment', 'measure_training', 'digits', 'triple', 'against_baseline', 'prepare', 'card_head',
-           'size_on_disk', 'state_bytes', 'within_reach', 'deployment_cost', 'headline', 'slopes', 'training_cost',
-           'card_text', 'essl_cost', 'cost_config']
+           'load_code', 'measure_deployment', 'measure_training', 'digits', 'triple', 'against_baseline', 'prepare',
+           'card_head', 'size_on_disk', 'state_bytes', 'within_reach', 'deployment_cost', 'headline', 'slopes',
+           'training_cost', 'card_text', 'essl_cost', 'cost_config']
 
 # %% ../../nbs/eval/71_cost.ipynb #915bd1c2
 import dataclasses
@@ -93,6 +93,14 @@ def training_call(
     return step
 
 # %% ../../nbs/eval/71_cost.ipynb #1ac418ba
+def load_code(
+    configs: list, # of EncoderConfig
+) -> None:
+    "Encode a moment of noise with each, so that compiled code is in memory before children are made."
+    for config in configs:
+        deployment_call(build_encoder(config, seed=0).eval(), 0.5, "fp32")()
+
+
 def measure_deployment(
     configs: list, # encoder configurations as JSON values, the baseline last
     seconds: list, # durations, s
@@ -103,6 +111,7 @@ def measure_deployment(
     "For a fresh process: wall times by turns and peak bytes above idle, durations × turns × configurations."
     configs, memory = [from_json(EncoderConfig, c) for c in configs], []
     build = lambda c: build_encoder(c, seed=0).eval()
+    load_code(configs)
     floor = spread([peak_bytes(idle) for _ in range(3)])[0]
     for s in seconds if memory_repeats else []:
         peak = lambda c: peak_bytes(lambda: deployment_call(build(c), s, precision)()) - floor
@@ -127,6 +136,7 @@ def measure_training(
         step = training_call(c, batch, seconds, precision)
         step(), step()
 
+    load_code(configs)
     floor = spread([peak_bytes(idle) for _ in range(3)])[0]
     memory = [[peak_bytes(lambda: two_steps(c)) - floor for c in configs] for _ in range(memory_repeats)]
     times = interleaved([training_call(c, batch, seconds, precision) for c in configs], repeats=repeats, warmup=3, fill=2.0 if repeats > 2 else 0)
