@@ -46,14 +46,13 @@ def check_tensors(x: Tensor) -> None:
 
 def as_given(wx, h0, drop, lengths, gain, bias, norm: Norm | None, layout: Layout) -> Given:
     "Arrays for the kernel, with ones and zeros for what was not given."
-    (B, H), ones, zeros = h0.shape, h0.new_ones, h0.new_zeros
-    either = lambda x, fill: fill if x is None else x.detach()
-    lengths = torch.full((B,), layout.frames) if lengths is None else lengths.to(torch.int64)
-    norm = (None,) * 5 if norm is None else norm
-    vectors = torch.stack([either(norm[0], zeros(2 * H)), either(norm[1], ones(2 * H)) * either(norm[2], ones(2 * H)), either(norm[3], zeros(2 * H))])
-    rows = zeros(0, 2 * H) if wx is None else as_rows(wx, layout)
-    filled = either(drop, ones(B, H)), lengths, either(gain, ones(2 * H)), either(bias, zeros(2 * H)), vectors
-    return Given(*(x.detach().contiguous().numpy() for x in (rows, h0, *filled)))
+    (B, H), real = h0.shape, h0.detach().numpy().dtype
+    array = lambda x, fill, *shape, kind=real: np.full(shape, fill, kind) if x is None else x.detach().contiguous().numpy()
+    mean, rstd, weight, shift, _ = norm or (None,) * 5
+    factor = rstd if rstd is None or weight is None else rstd * weight.detach()
+    vectors = np.stack([array(x, fill, 2 * H) for x, fill in ((mean, 0), (factor, 1), (shift, 0))])
+    rows = array(None if wx is None else as_rows(wx, layout), 0, 0, 2 * H)
+    return Given(rows, array(h0, 0), array(drop, 1, B, H), array(lengths, layout.frames, B, kind=np.int64), array(gain, 1, 2 * H), array(bias, 0, 2 * H), vectors)
 
 
 def as_form(cell: str, activation: str, dtype: torch.dtype, *, keep: bool = True, sums: bool = False, eps: float = 0.0) -> Form:
@@ -155,6 +154,6 @@ def backward(
     affine = ((dwx * xhat).sum(0), dwx.sum(0)) if layered and gain is not None else (None, None)
     if norm is None:
         return as_frames(dwx, layout), du, d, *affine, None, None
-    share = sums * torch.stack([torch.ones_like(norm.rstd), norm.rstd**2]) / given.lengths.sum() if norm.own else torch.zeros_like(sums)
+    share = torch.stack([sums[0], sums[1] * norm.rstd**2]) / int(given.lengths.sum()) if norm.own else torch.zeros_like(sums)
     side_by_side(norm_share, norm_on_torchs, threads, threads, arrays[0], given, share.numpy(), layout)
     return as_frames(dwx, layout), du, d, *affine, sums[1] * norm.rstd, sums[0]
