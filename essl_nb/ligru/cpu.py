@@ -16,7 +16,7 @@ from . import cell as reference
 from .cell import ACTIVATIONS, Norm, check_names, norm_backward, normalised
 from .loop import Form, Given, Kept, Shares, backward_on_torchs, backward_share, forward_on_torchs, forward_share, norm_on_torchs, norm_share
 from .threads import share_of, side_by_side
-from .vectors import Layout, as_frames, as_rows, as_strided, layout_of, pack, packed_shape
+from .vectors import Layout, as_frames, as_rows, as_strided, layout_of, pack, room_for
 
 # %% ../../nbs/ligru/11_cpu.ipynb #8c9c5e6e
 SHORT = 8 # frames below which the reference is faster
@@ -64,7 +64,7 @@ def as_form(cell: str, activation: str, dtype: torch.dtype, *, keep: bool = True
 def as_shares(weights, B: int, H: int, threads: int, like: Tensor) -> Shares: # weights: (low, high) → those of these units, (K,N)
     "Each thread's weights, packed."
     K, N = weights(*share_of(H, threads - 1, threads)).shape  # nobody has more
-    packed = like.new_empty(threads, *packed_shape(K, N, like))
+    packed = room_for(K, N, like, threads)
     for i, own in enumerate(packed):
         pack(weights(*share_of(H, i, threads)), own)
     return Shares(packed.numpy(), like.new_empty(threads, B, 2).numpy(), np.zeros(8, np.int64))

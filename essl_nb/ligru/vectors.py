@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VECTOR', 'VECTORS', 'ROWS', 'AHEAD', 'INT64', 'INT32', 'BYTE', 'FAST', 'compiled', 'vector_bytes', 'real_type',
            'size_of', 'llvm_call', 'call_for', 'sum_over_k', 'product_tile', 'multiply_rows', 'address', 'multiply',
-           'packed_shape', 'pack', 'Lanes', 'unit_loop', 'per_unit', 'exponential', 'Layout', 'layout_of', 'as_rows',
+           'room_for', 'pack', 'Lanes', 'unit_loop', 'per_unit', 'exponential', 'Layout', 'layout_of', 'as_rows',
            'Strided', 'as_strided', 'as_frames']
 
 # %% ../../nbs/ligru/09_vectors.ipynb #cd8b9eea
@@ -153,14 +153,16 @@ def multiply(out, a, first, step, packed, N, from_last):
             r += n
 
 # %% ../../nbs/ligru/09_vectors.ipynb #1cad2a6a
-def packed_shape(
+def room_for(
     K: int, # terms of a sum
     N: int, # columns
     like: Tensor, # of the type of the numbers
-) -> tuple: # (tiles, K, columns of a tile)
-    "Room for packed weights."
+    shares: int = 1, # such weights side by side
+) -> Tensor: # (shares,tiles,K,columns of a tile), not filled
+    "Room for packed weights. Some follows that is never used: what is called for beyond the end is memory too."
     columns = VECTORS * VECTOR // like.element_size()
-    return -(-N // columns), K, columns
+    shape = shares, -(-N // columns), K, columns
+    return like.new_empty(math.prod(shape) + AHEAD)[:math.prod(shape)].view(shape)
 
 
 def pack(
@@ -168,7 +170,7 @@ def pack(
     packed: Tensor | None = None, # where to; it may have more tiles than are needed
 ) -> Tensor: # (tiles,K,columns), filled up with zeros
     "Weights in the order in which the product reads them."
-    packed = weights.new_empty(packed_shape(*weights.shape, weights)) if packed is None else packed
+    packed = room_for(*weights.shape, weights)[0] if packed is None else packed
     columns = packed.shape[2]
     whole, rest = divmod(weights.shape[1], columns)
     packed[:whole] = weights[:, :whole * columns].unflatten(1, (whole, columns)).transpose(0, 1)
