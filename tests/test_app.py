@@ -10,67 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from madeup import make_curves, make_study
 
 from essl_nb.app.clips import UNKNOWN, Visits, clip_choices, own_sound
 from essl_nb.app.explorer import create_app
 from essl_nb.app.curves import CurvesFile, curves_message, curves_table
 from essl_nb.app.shelf import Studies
-from essl_nb.core.config import to_json
-from essl_nb.core.files import append_line, write_json
 from essl_nb.core.registry import EsslError
-from essl_nb.eval.curves import PASSES
-from essl_nb.eval.intervals import ratio
 from essl_nb.mixers.base import list_mixers, mixers
-from essl_nb.models.encoder import EncoderConfig, build_encoder
 
 NO_BROWSER = "no Chromium: apt-get install chromium, or set ESSL_CHROMIUM"
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync "
          "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream").split()
 PATIENCE = 240_000  # ms; a loaded machine is slow
-
-
-# ---- a made-up study, for looking at the page only --------------------------------------------------------------
-
-def make_study(folder: Path, seeds=3, utterances=20, names=None, dims=(32,), ship=True) -> Path:
-    "Rows and encoders in the form of a study; the numbers are dice and no result."
-    dice, names = np.random.default_rng(0), names or list_mixers()
-    configs = {name: EncoderConfig(mixer=name, dim=dims[i % len(dims)], depth=2) for i, name in enumerate(names)}
-    write_json(folder / "grid.json", dict(name="dice", encoders=[dict(name=n, config=to_json(c)) for n, c in configs.items()]))
-    for place, name in enumerate(names):
-        config, family = configs[name], mixers.get(name).meta["family"]
-        if ship:
-            build_encoder(config, seed=0).save(folder / "encoders" / name)
-        who = dict(encoder=name, mixer=name, family=family, objective="dice", config=to_json(config))
-        for seed in range(seeds):
-            for state, chance in (("pretrained", 0.2 + 0.03 * place), ("untrained", 0.1)):
-                for probe, span in (("first question", 200), ("second question", None)):
-                    units = [[int(dice.binomial(100, np.clip(chance + dice.normal() / 50, 0, 1))), 100] for _ in range(utterances)]
-                    value = dict(probe="masked_phones" if span else "phones", metric="accuracy", value=ratio(units), low=0, high=1, n=utterances, count=100 * utterances,
-                                 units=units, unit_ids_hash="dice", head="linear", labels="all", split="test", settings=dict(span_ms=span), also=[])
-                    what = dict(**who, seed=seed, state=state, probe=probe, call=value["probe"], kw={})
-                    append_line(folder / "rows.jsonl", dict(key=f"{name}{seed}{state}{probe}", kind="score", what=what, value=value, made=dict(seconds=1.0)))
-        cost = dict(card="deployment", parameters=10**6 * (place + 1), disk_bytes_fp32=4 * 10**6 * (place + 1), rtf=0.01 * (place + 1), latency_s=0.1 * (place + 1),
-                    peak_bytes=2**20 * 20 * (place + 1), macs_per_second=10**8 * (len(names) - place))
-        append_line(folder / "rows.jsonl", dict(key=f"{name}cost", kind="cost", what=dict(encoder=name, mixer=name, family=family, card="deployment"), value=cost, made=dict(seconds=1.0)))
-    units = [[15, 100]] * utterances
-    value = dict(probe="masked_phones", metric="accuracy", value=0.15, low=0.15, high=0.15, n=utterances, count=100 * utterances, units=units, unit_ids_hash="dice", head="linear",
-                 labels="all", split="test", settings=dict(span_ms=200), also=[])
-    what = dict(encoder="some features", mixer=None, family="none", objective=None, seed=None, state="baseline", probe="first question", call="masked_phones", kw={})
-    append_line(folder / "rows.jsonl", dict(key="base", kind="score", what=what, value=value, made=dict(seconds=1.0)))
-    return folder
-
-
-def make_curves(folder: Path, names) -> Path:
-    "Rows in the form of measured curves; the numbers are made up: each mixer is linear, and the later its place the later it pays."
-    rival = next(e.name for e in mixers if e.meta.get("baseline"))
-    for place, name in enumerate(names):
-        for width, which, seconds in [(w, p, s) for w in (64, 128) for p in PASSES for s in (1.0, 10.0, 40.0)]:
-            ratio = 1.0 if name == rival else (1 + place) / seconds
-            row = dict(mixer=name, width=width, batch=1, seconds=seconds, frames=round(50 * seconds), family=mixers.get(name).meta["family"], complexity="T", level="mixer", time_s=0.01 * seconds,
-                       time_s_low=0.009 * seconds, time_s_high=0.011 * seconds, ratio=ratio, ratio_low=ratio, ratio_high=ratio, rounds=5, peak_bytes=10**6 * seconds, baseline_peak_bytes=2 * 10**6 * seconds,
-                       macs=10**6 * seconds, made=dict(threads=1, precision="fp32", machine=dict(cpu="a made-up CPU")))
-            append_line(folder / "rows.jsonl", row | {"pass": which})
-    return folder
 
 
 # ---- without a browser ------------------------------------------------------------------------------------------
@@ -495,7 +447,3 @@ def test_every_control_has_a_name(wide):
         nameless = wide.evaluate("""() => [...document.querySelectorAll('main input, main button, main select, main textarea')].filter(e => e.offsetParent && !(e.getAttribute('aria-label')
             || e.labels && e.labels.length || e.textContent.trim() || e.title || e.getAttribute('aria-labelledby') || e.type === 'file')).map(e => e.outerHTML.slice(0, 120))""")
         assert not nameless, nameless
-
-
-if __name__ == "__main__":  # python tests/test_app.py FOLDER: a study to look at
-    print(make_study(Path(sys.argv[1])))
