@@ -262,7 +262,7 @@ def norm_backward(
         g = g if real is None else torch.where(real, g, 0)
     return g * (norm.rstd if norm.weight is None else norm.rstd * norm.weight), along, total
 
-
+# %% ../../nbs/ligru/10_cell.ipynb #b1681357
 TOO_FEW = "Batch normalisation in training got {} real frame(s); it needs 2 or more. Use normalization='layer', or eval()."
 
 

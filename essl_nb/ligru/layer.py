@@ -236,7 +236,7 @@ class Stack(LightGRU):
             return tuple(loop(w, norm, start, drop, lengths, *own) for w, norm, start, drop, own in zip(wx, norms, h, drops, weights))
         together = lambda join, tensors: None if tensors[0] is None else join(tensors)
         own = weights[0] if self.shared_directions else [together(torch.stack, each) for each in zip(*weights)]
-        return loop(torch.cat(wx), norms[0], h.flatten(0, 1), together(torch.cat, drops), together(lambda l: l[0].repeat(2), [lengths]), *own).chunk(2)
+        return loop(torch.cat(wx), norms[0], h.flatten(0, 1), together(torch.cat, drops), None if lengths is None else lengths.repeat(2), *own).chunk(2)
 
     def init_state(self,
         batch: int, # streams side by side

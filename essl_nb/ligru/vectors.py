@@ -238,17 +238,26 @@ def unit_loop(b, real: ir.Type, formula, n, at: list) -> None: # at: where the a
         start = i
 
 
-def per_unit(formula, results: int):
-    "A compiled call (n, (address, …), like) of a formula for units 0 … n-1; `like` is any array of the numbers' type."
-    places = len(inspect.signature(formula).parameters) + results
+def per_unit(formulas: list, results: int): # formulas: with the same arguments and as many results
+    "A compiled call (which, n, (address, …), like) of one of the formulas for units 0 … n-1; `like` is any array of the numbers' type."
+    places = len(inspect.signature(formulas[0]).parameters) + results
 
     @intrinsic
-    def call(context, n, addresses, like):
+    def call(context, which, n, addresses, like):
         def generate(context, b, signature, args):
-            real, (n, addresses, _) = real_type(like), args
-            unit_loop(b, real, formula, n, [b.inttoptr(b.extract_value(addresses, i), real.as_pointer()) for i in range(places)])
+            real, (which, n, addresses, _) = real_type(like), args
+            at = [b.inttoptr(b.extract_value(addresses, i), real.as_pointer()) for i in range(places)]
+            end = b.append_basic_block("end")
+            switch = b.switch(which, end)
+            for k, formula in enumerate(formulas):
+                block = b.append_basic_block(f"formula_{k}")
+                switch.add_case(INT64(k), block)
+                b.position_at_end(block)
+                unit_loop(b, real, formula, n, at)
+                b.branch(end)
+            b.position_at_end(end)
             return context.get_dummy_value()
-        return types.void(types.intp, types.UniTuple(types.intp, places), like), generate
+        return types.void(types.intp, types.intp, types.UniTuple(types.intp, places), like), generate
     return call
 
 # %% ../../nbs/ligru/09_vectors.ipynb #17dda342
