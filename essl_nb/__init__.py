@@ -6,10 +6,10 @@ from importlib import import_module
 # The public names, each with the module it lives in; a module is imported when one of its names is first asked for.
 _HOME = {
     "list_mixers": "mixers.base", "build_mixer": "mixers.base", "check_mixer": "mixers.checks",
-    "EncoderConfig": "models.encoder", "build_encoder": "models.encoder", "load_encoder": "models.checkpoint",
+    "EncoderConfig": "models.config", "build_encoder": "models.encoder", "load_encoder": "models.checkpoint",
     "LiGRU": "ligru.layer", "SLiGRU": "ligru.layer",
-    "load_corpus": "data.corpus", "list_objectives": "ssl.objective",
-    "PretrainConfig": "train.loop", "pretrain": "train.loop",
+    "load_corpus": "data.corpus", "list_objectives": "objectives.objective",
+    "PretrainConfig": "train.config", "pretrain": "train.loop",
     "list_probes": "eval.probe", "run_probe": "eval.probe",
     "training_cost": "eval.cost", "deployment_cost": "eval.cost",
     "Study": "study.study", "load_results": "study.results", "pareto_front": "study.pareto",

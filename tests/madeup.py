@@ -9,7 +9,8 @@ from essl_nb.core.files import append_line, write_json
 from essl_nb.eval.curves import PASSES
 from essl_nb.eval.intervals import ratio
 from essl_nb.mixers.base import list_mixers, mixers
-from essl_nb.models.encoder import EncoderConfig, build_encoder
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 
 
 def make_study(folder: Path, seeds=3, utterances=20, names=None, dims=(32,), ship=True) -> Path:

@@ -11,7 +11,8 @@ from essl_nb.eval import cost, machine, measure
 from essl_nb.eval.finetune import fresh_copy
 from essl_nb.eval.macs import encoder_macs, parameter_count, training_macs
 from essl_nb.mixers.base import FAMILIES, Mixer, count_macs, list_mixers, mixers
-from essl_nb.models.encoder import POSITION_GROUPS, POSITION_KERNEL, EncoderConfig, build_encoder
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import POSITION_GROUPS, POSITION_KERNEL, build_encoder
 from essl_nb.models.frontend import frontends
 
 BASE = cost.baseline_mixer()

@@ -15,7 +15,7 @@ from essl_nb.eval import cost, curves
 from essl_nb.eval.equal import matched
 from essl_nb.eval.macs import encoder_macs, parameter_count
 from essl_nb.mixers.base import FAMILIES, Mixer, list_mixers, mixers
-from essl_nb.models.encoder import EncoderConfig
+from essl_nb.models.config import EncoderConfig
 from essl_nb.viz.curves import QUANTITIES, curve_figure
 
 BASE = cost.baseline_mixer()

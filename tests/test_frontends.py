@@ -10,13 +10,14 @@ from essl_nb.core.shapes import lengths_to_mask
 from essl_nb.eval.macs import encoder_macs
 from essl_nb.mixers.base import mixers
 from essl_nb.models.checkpoint import load_encoder
-from essl_nb.models.encoder import EncoderConfig, build_encoder
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 from essl_nb.models.frontend import LogMelFrontend, frontends
 from essl_nb.models.sincnet import SincFilters, SincNetFrontend
 from essl_nb.models.spectrogram import EfficientNetFrontend
 from essl_nb.models.wav2vec2 import from_torchaudio, from_transformers, to_torchaudio
 from essl_nb.models.wave import TimeNorm, Wav2Vec2Frontend
-from essl_nb.train.loop import PretrainConfig
+from essl_nb.train.config import PretrainConfig
 
 MIXER = next(e.name for e in mixers if e.meta.get("baseline"))
 NARROW = {Wav2Vec2Frontend: dict(channels=32), SincNetFrontend: dict(filters=16), EfficientNetFrontend: dict(channels=(4, 6, 8))}

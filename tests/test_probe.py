@@ -20,7 +20,8 @@ from essl_nb.eval.phones import edit_distance, few_labels, frame_labels, hidden_
 from essl_nb.eval.probe import LayerHead, Score, list_probes, probes, run_probe
 from essl_nb.eval.voices import balanced_units
 from essl_nb.mixers.base import list_mixers
-from essl_nb.models.encoder import EncoderConfig, build_encoder
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 
 PHONES = "abcd"
 QUICK = {
@@ -309,7 +310,7 @@ def test_greedy():
     (dict(probe="finetune", lr=1e-3, lrs=(1e-3, 1e-4)), "lrs"),
     (dict(probe="voice", shots=500), "Lower shots"),
     (dict(probe="voice", seconds=0.01), "0.1 to 10 s"),
-    (dict(probe="phones", precision="fp8"), "'bf16'"),
+    (dict(probe="phones", precision="fp8"), "auto, fp32, bf16"),
 ])
 def test_refusals_say_what_is_allowed(wrong, says, encoder):
     with pytest.raises(EsslError, match=says):

@@ -13,7 +13,8 @@ from essl_nb.mixers.mamba import Mamba, SelectiveSSM
 from essl_nb.mixers.recurrent import GRU, LSTM, Recurrent, reverse_within
 from essl_nb.mixers.scan import (chunk_frames, scan_backward_chunks, scan_forward_chunks, scan_forward_compiled, selective_scan,
                                  selective_scan_reference)
-from essl_nb.models.encoder import EncoderConfig, build_encoder
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 
 
 @pytest.fixture(autouse=True)

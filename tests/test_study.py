@@ -21,7 +21,7 @@ from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
 from essl_nb.eval.intervals import bootstrap_interval
 from essl_nb.mixers.base import Mixer, list_mixers, mixers
-from essl_nb.ssl.objective import objectives
+from essl_nb.objectives.objective import objectives
 from essl_nb.study.grid import grid_cells, read_grid
 from essl_nb.study.pareto import pareto_front
 from essl_nb.study.results import cost_table, known_rows, load_results, paired_table, pareto_table, score_table, ship

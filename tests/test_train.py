@@ -17,10 +17,11 @@ from essl_nb.core.files import read_lines, save_tensors
 from essl_nb.core.registry import EsslError, UnknownName
 from essl_nb.data.corpus import load_corpus
 from essl_nb.mixers.base import list_mixers, mixers
-from essl_nb.models.encoder import EncoderConfig
-from essl_nb.ssl.objective import list_objectives, objectives
+from essl_nb.models.config import EncoderConfig
+from essl_nb.objectives.objective import list_objectives, objectives
 from essl_nb.train import loop
-from essl_nb.train.loop import PretrainConfig, pretrain
+from essl_nb.train.config import PretrainConfig
+from essl_nb.train.loop import pretrain
 
 NAMES = list_mixers()
 
@@ -164,7 +165,7 @@ def test_tensorboard_gets_the_same_numbers(folder_of_clips, tmp_path):
         (dict(batching="bagged"), "packed, padded"),
         (dict(steps=0), "must be above 0"),
         (dict(span_share=1.5), "between 0 and 1"),
-        (dict(precision="int4"), "bf16, fp32"),
+        (dict(precision="int4"), "auto, fp32, bf16"),
     ],
 )
 def test_impossible_settings_are_refused(kw, complaint):

@@ -6,7 +6,8 @@ import torch
 
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import FAMILIES, list_mixers
-from essl_nb.models.encoder import EncoderConfig, build_encoder
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 from essl_nb.viz.audio import clip_figure, envelope, phone_class
 from essl_nb.viz.mixing import INFLUENCE, MixingMap, finding, in_decibels, influence_map, map_kinds, mixing_figure, reach
 from essl_nb.viz.pareto import pareto_figure

@@ -20,7 +20,7 @@ import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / ".cache" / "site"
-ORDER = ["tutorials", "core", "data", "ligru", "mixers", "models", "ssl", "train", "eval", "study", "viz", "app"]
+ORDER = ["tutorials", "core", "data", "ligru", "mixers", "models", "objectives", "train", "eval", "study", "viz", "app"]
 DRAW = """document.querySelectorAll(".figure-data").forEach(node => {
   const figure = JSON.parse(node.textContent), place = document.createElement("div");
   node.replaceWith(place);

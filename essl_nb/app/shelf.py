@@ -14,7 +14,8 @@ from .clips import Bounded
 from ..core.registry import EsslError, nearest
 from ..mixers.base import list_mixers, mixers
 from ..models.checkpoint import load_encoder
-from ..models.encoder import EncoderConfig, build_encoder
+from ..models.config import EncoderConfig
+from ..models.encoder import build_encoder
 from ..study.grid import read_grid
 from ..study.results import cost_table, load_results, scores_of, score_table
 

@@ -33,7 +33,7 @@ def registries() -> list:
     "The project's registries, in a fixed order."
     from essl_nb.eval.probe import probes
     from essl_nb.mixers.base import mixers
-    from essl_nb.ssl.objective import objectives
+    from essl_nb.objectives.objective import objectives
 
     return [mixers, objectives, probes]
 

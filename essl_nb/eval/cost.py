@@ -28,7 +28,8 @@ from .macs import encoder_macs, meta_encoder, training_macs
 from .machine import check_seconds, check_threads, library_versions, machine_record
 from .measure import exponent, idle, interleaved, peak_bytes, spread
 from ..mixers.base import FAMILIES, mixers
-from ..models.encoder import EncoderConfig, build_encoder
+from ..models.config import EncoderConfig
+from ..models.encoder import build_encoder
 
 # %% ../../nbs/eval/71_cost.ipynb #ba6908f7
 DURATIONS = (1.0, 5.0, 10.0, 20.0, 40.0, 80.0)  # s

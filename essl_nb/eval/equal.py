@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..core.registry import EsslError
 from .macs import encoder_macs, parameter_count
 from .machine import check_seconds
-from ..models.encoder import EncoderConfig
+from ..models.config import EncoderConfig
 
 # %% ../../nbs/eval/67_equal.ipynb #57ba6090
 HELD = ("width", "parameters", "macs")

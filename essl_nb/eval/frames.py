@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.config import derive_seed
+from ..core.precision import autocast, choose_precision
 from ..core.registry import EsslError
 from ..core.shapes import pad_sequences
 
@@ -158,15 +159,14 @@ class Source:
         *,
         memo: dict | None = None, # the caller's dictionary that keeps extracted frames
         batch_seconds: float = 60, # seconds of audio in a batch
-        precision: str = "bf16", # "bf16" (autocast) or "fp32"
+        precision: str = "auto", # auto, bf16 (autocast) or fp32
     ):
-        if precision not in ("bf16", "fp32"):
-            raise EsslError(f"precision is {precision!r}; allowed: 'bf16', 'fp32'.")
-        self.encoder, self.features, self.batch_seconds, self.precision = encoder, features, batch_seconds, precision
+        self.encoder, self.features, self.batch_seconds = encoder, features, batch_seconds
+        self.precision = choose_precision(precision).name
         self.memo = {} if memo is None else memo
         self.is_baseline = isinstance(encoder, Baseline)
         self.stride, self.frame_seconds = encoder.stride, encoder.frame_seconds
-        self.key = fingerprint(encoder) + precision
+        self.key = fingerprint(encoder) + self.precision
 
     def out_length(self, T: int) -> int:
         "Frames that come of T mel frames."
@@ -186,7 +186,7 @@ class Source:
         mel, lengths = pad_sequences(mels)
         span = pad_sequences(spans)[0] if spans else None
         dice = torch.Generator().manual_seed(derive_seed("hiding noise", seed)) if spans else None
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.inference_mode(), autocast(self.precision):
             out = self.encoder.from_features(mel, lengths, span=span, generator=dice)
         return torch.stack([x.float() for x in out.layers], 2), out.lengths
 

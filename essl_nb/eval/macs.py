@@ -11,7 +11,8 @@ import math
 import torch
 
 from ..mixers.base import FORMULAS, count_macs
-from ..models.encoder import Encoder, EncoderConfig, build_encoder
+from ..models.config import EncoderConfig
+from ..models.encoder import Encoder, build_encoder
 
 # %% ../../nbs/eval/77_macs.ipynb #26ce1d5d
 def meta_encoder(config: EncoderConfig) -> Encoder: # on the meta device

@@ -19,7 +19,7 @@ from ..core.config import derive_seed
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, pad_sequences
 from .probe import posteriors, probes, train_head
-from ..ssl.spans import draw_spans, start_prob_for
+from ..objectives.spans import draw_spans, start_prob_for
 
 # %% ../../nbs/eval/74_phones.ipynb #2d156c4a
 PAUSES = frozenset({"pau", "sil", "sp", "SIL", "SP", ""})

@@ -60,7 +60,7 @@ class Score:
         return f"{self.probe} {self.metric} {self.value:.1%} [{self.low:.1%}, {self.high:.1%}], {self.n} utterances, {self.count} scored"
 
 # %% ../../nbs/eval/70_probe.ipynb #241bd973
-probes = Registry("probe")
+probes = Registry("probe", home=("essl_nb.eval.phones", "essl_nb.eval.voices", "essl_nb.eval.finetune"))
 
 
 def list_probes() -> list: # names
@@ -126,7 +126,7 @@ def run_probe(
     split: str = "test", # the split to score; tune on "valid", read "test" once
     progress: bool = True, # show bars
     memo: dict | None = None, # your dictionary, to reuse frames between probes of one encoder
-    precision: str = "bf16", # of the encoder's forward pass: "bf16" or "fp32"
+    precision: str = "auto", # of the encoder's forward pass: auto, bf16 or fp32
     **options, # the probe's own, such as span_ms
 ) -> Score:
     "Ask one question of a frozen encoder. Raises EsslError for unknown names and missing labels."

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.registry import EsslError, Registry, listed, nearest
 
 # %% ../../nbs/mixers/20_base.ipynb #564e4506
-mixers = Registry("mixer")
+mixers = Registry("mixer", home=("essl_nb.mixers",))
 FAMILIES = ("attention", "reduced attention", "convolution", "pooling", "fourier", "recurrent", "none")
 
 

@@ -1,7 +1,1 @@
-"""Every block and front end of the folder: a module that is here is imported, and so registered."""
-import importlib
-import pkgutil
-
-for module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{module.name}")
-del importlib, pkgutil, module
+"""Front ends, blocks, the encoder. The registries import every module of the folder when they are first asked."""

@@ -15,7 +15,7 @@ from ..core.shapes import zero_pads
 from ..mixers.base import build_mixer
 
 # %% ../../nbs/models/41_block.ipynb #6f0081bf
-blocks = Registry("block")
+blocks = Registry("block", home=("essl_nb.models",))
 
 
 class FeedForward(nn.Sequential):

@@ -14,7 +14,8 @@ import torch
 from ..core.config import content_hash, from_json, to_json
 from ..core.files import load_tensors, save_tensors, write_json
 from ..core.registry import EsslError
-from .encoder import Encoder, EncoderConfig, build_encoder
+from .config import EncoderConfig
+from .encoder import Encoder, build_encoder
 
 # %% ../../nbs/models/43_checkpoint.ipynb #9f0dc45c
 def save_encoder(

@@ -19,7 +19,7 @@ from ..core.shapes import lengths_to_mask, zero_pads
 from ..data.audio import LogMelSpec, log_mel
 
 # %% ../../nbs/models/40_frontend.ipynb #b3e8e16b
-frontends = Registry("frontend")
+frontends = Registry("frontend", home=("essl_nb.models",))
 HIDING_NOISE = 0.1  # standard deviation of what replaces a hidden frame, in units of the normalised log-mel
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..core.registry import EsslError
 from ..mixers.base import mixers
-from .encoder import POSITION_GROUPS, POSITION_KERNEL, Encoder, EncoderConfig
+from .config import EncoderConfig
+from .encoder import POSITION_GROUPS, POSITION_KERNEL, Encoder
 from .wave import CONVOLUTIONS
 
 # %% ../../nbs/models/64_wav2vec2.ipynb #bddc1188

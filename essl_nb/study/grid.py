@@ -22,9 +22,10 @@ from ..core.registry import EsslError, nearest
 from ..eval.cost import deployment_cost, training_cost
 from ..eval.probe import choose, probes, run_probe
 from ..mixers.base import mixers
-from ..models.encoder import EncoderConfig, build_encoder
-from ..ssl.objective import objectives
-from ..train.loop import PretrainConfig
+from ..models.config import EncoderConfig
+from ..models.encoder import build_encoder
+from ..objectives.objective import objectives
+from ..train.config import PretrainConfig
 
 # %% ../../nbs/study/83_grid.ipynb #6b2581ae
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from ..core.registry import EsslError, nearest
 from ..eval.intervals import bootstrap_interval, paired_interval, ratio
 from ..mixers.base import mixers
 from ..models.checkpoint import load_encoder
-from ..models.encoder import EncoderConfig
+from ..models.config import EncoderConfig
 from .grid import Cell, key_of
-from ..train.loop import PretrainConfig
+from ..train.config import PretrainConfig
 
 # %% ../../nbs/study/81_results.ipynb #00bc8fae
 def today(what: dict, renamed: dict) -> dict:

@@ -7,7 +7,6 @@ __all__ = ['do_run', 'untrained_encoder', 'do_score', 'do_cost', 'end_with_study
            'Outcome', 'Study', 'Work', 'print_plan', 'tell', 'essl_study']
 
 # %% ../../nbs/study/80_study.ipynb #3704f956
-import fcntl
 import json
 import os
 import subprocess
@@ -28,17 +27,19 @@ from tqdm.auto import tqdm
 
 import essl_nb
 from ..core.config import from_json, to_json
-from ..core.files import append_line, atomic_write, read_lines, write_json
+from ..core.files import Busy, append_line, atomic_write, locked, read_lines, write_json
 from ..core.fresh import run_fresh
 from ..core.registry import EsslError
 from ..data.corpus import load_corpus
 from ..eval.machine import library_versions, machine_record
 from ..eval.probe import Baseline, run_probe, runnable
 from ..models.checkpoint import load_encoder
-from ..models.encoder import EncoderConfig, build_encoder
+from ..models.config import EncoderConfig
+from ..models.encoder import build_encoder
 from .grid import CARDS, Cell, grid_cells, grid_values, next_cell, read_grid
 from .results import GUESS, Estimates, headline, in_words, known_rows, ship
-from ..train.loop import PretrainConfig, pretrain
+from ..train.config import PretrainConfig
+from ..train.loop import pretrain
 
 # %% ../../nbs/study/80_study.ipynb #8db8502b
 def do_run(what: dict, weights: Path) -> tuple: # value, made
@@ -99,22 +100,17 @@ def find_fact(kind: str, what: dict, weights: str, lock: str, word: str) -> dict
 def sole_owner(folder: Path):
     "Hold the folder; gives the lock file and the word in it. Raises EsslError that names the process which holds it already."
     lock = folder / "runs" / "study.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            f.seek(0)
-            pid = (f.read().split() or ["unknown"])[0]
-            raise EsslError(f"Another study (process {pid}) is at work in {folder}; wait for it, stop it, or give another folder.") from None
-        word = f"{os.getpid()} {uuid.uuid4().hex}"
-        f.truncate(0)
-        f.write(word)
-        f.flush()
-        try:
-            yield lock, word
-        finally:
-            f.truncate(0)
+    try:
+        with locked(lock, wait=False):
+            word = f"{os.getpid()} {uuid.uuid4().hex}"
+            lock.write_text(word)
+            try:
+                yield lock, word
+            finally:
+                lock.write_text("")
+    except Busy:
+        pid = (lock.read_text().split() or ["unknown"])[0]
+        raise EsslError(f"Another study (process {pid}) is at work in {folder}; wait for it, stop it, or give another folder.") from None
 
 # %% ../../nbs/study/80_study.ipynb #e4d7affd
 def revision() -> str | None:

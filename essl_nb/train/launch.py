@@ -11,8 +11,9 @@ import sys
 from fastcore.script import call_parse
 
 from ..core.registry import EsslError
-from ..models.encoder import named_config
-from .loop import PretrainConfig, pretrain
+from ..models.config import named_config
+from .config import PretrainConfig
+from .loop import pretrain
 
 # %% ../../nbs/train/62_launch.ipynb #f5a1acff
 def told(function, *args, **kw):
