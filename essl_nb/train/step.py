@@ -154,7 +154,7 @@ class Run:
         self.objective.draw_heads(torch.Generator().manual_seed(derive_seed(c.seed, "heads")))
         self.objective.to(device)
         self.network = Pretraining(self.encoder, self.objective, self.precision)
-        self.wrapped = self.network if self.ranks.world == 1 else DistributedDataParallel(self.network, find_unused_parameters=True)
+        self.wrapped = self.network  # until `share` is called
         self.take_batches(corpus, stride)
         self.optimiser = adamw([self.encoder, self.objective], lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
         self.span = max(1, round(c.span_seconds / self.encoder.frame_seconds))
@@ -181,6 +181,11 @@ class Run:
         little = sum(len(i.mel) for i in items) < 6400
         batches = BucketBatches(items, batch_seconds=32, stride=stride, seed=0) if little else PackedBatches(items, batch_seconds=32, reshape=(1,), stride=stride, seed=0)
         return [batch for _, batch in zip(range(6), batches)]
+
+    def share(self):
+        "Pool the gradients of all processes from now on; to be called in all of them at the same time."
+        if self.ranks.world > 1:
+            self.wrapped = DistributedDataParallel(self.network, find_unused_parameters=True)
 
     def forward(self, batch, generator):
         "Hide spans, encode, and compare with the targets: Encoded, Loss, span and mask."
