@@ -467,7 +467,7 @@ FOREIGN = {
     "record of another program": ("run.json", b"{}", "record of a pre-training run"),
     "log of another program": ("metrics.jsonl", b'{"a": 1}\n{"b": 2}\n', "not of a training log"),
     "log broken": ("metrics.jsonl", b"what\n{}\n", "Line 1"),
-    "result torn": ("result.json", b"{", "not JSON"),
+    "result torn": ("result.json", b"{", "not the result"),
 }
 
 
@@ -493,7 +493,7 @@ def test_a_state_of_another_network_and_a_folder_without_its_configuration_are_r
     with pytest.raises(EsslError, match="no config.json"):
         pretrain(config, folder, **OFTEN)
     (tmp_path / "file").write_text("")
-    with pytest.raises(EsslError):
+    with pytest.raises(EsslError, match="a file stands where a folder should be"):
         pretrain(config, tmp_path / "file", **OFTEN)
 
 
