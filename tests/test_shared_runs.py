@@ -13,15 +13,16 @@ import torch
 from essl_nb.core.config import to_json
 from essl_nb.core.files import load_tensors, read_json, read_lines
 from essl_nb.core.registry import EsslError
-from essl_nb.data.corpus import load_corpus
 from essl_nb.mixers.base import list_mixers, mixers
+from essl_nb.models.block import blocks
 from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 from essl_nb.models.frontend import frontends
-from essl_nb.objectives.objective import list_objectives, objectives
-from essl_nb.train import loop
+from essl_nb.objectives.objective import build_objective, objectives
+from essl_nb.objectives.spans import draw_spans
 from essl_nb.train.config import PretrainConfig
 from essl_nb.train.loop import pretrain
-from essl_nb.train.step import Ranks, Run, train_step
+from essl_nb.train.step import Pretraining
 
 SCRIPT = """
 import json, os, sys
@@ -169,3 +170,77 @@ def test_an_error_of_the_first_process_is_told_by_all(clips, tmp_path):
     pretrain(config, tmp_path / "run", progress=False)
     status, errors = together(replace(config, lr=1e-3), tmp_path / "run")
     assert status == [3, 3] and all("differs in lr" in e for e in errors)
+
+
+# ---- the network that PyTorch wraps -----------------------------------------------------------------------------
+
+def network_and_batch(**kw):
+    "A tiny network and a batch for it."
+    encoder = build_encoder(EncoderConfig(dim=16, depth=2, **kw), seed=0)
+    torch.manual_seed(0)
+    net = Pretraining(encoder, build_objective("clusters", 16, stride=encoder.stride, **objectives.get("clusters").meta["tiny"]))
+
+    def batch(seed):
+        draw = torch.Generator().manual_seed(seed)
+        mel, lengths = torch.randn(2, 160, 80, generator=draw), torch.tensor([160, 120])
+        span = draw_spans(encoder.frontend.out_lengths(lengths), span=3, start_prob=0.1, generator=draw)
+        codes = torch.randint(0, 12, span.shape, generator=draw).to(torch.int16)
+        return (mel, lengths, span, dict(codes=codes, context=torch.randn(*span.shape, 6, generator=draw).half())), dict(generator=draw)
+
+    return net, batch
+
+
+WRAPPED = [
+    *(dict(mixer=m, mixer_kw=mixers.get(m).meta.get("tiny", {})) for m in list_mixers()),
+    *(dict(mixer="none", frontend=f) for f in frontends.names() if frontends.get(f).obj.stored),
+    *(dict(mixer="none", block=b) for b in blocks.names()),
+    *(dict(mixer="none", position=p) for p in ("sinusoidal", "convolutional")),
+]
+
+
+@pytest.mark.parametrize("kw", WRAPPED, ids=lambda kw: "-".join(str(v) for v in kw.values() if isinstance(v, str)))
+def test_every_parameter_takes_part_in_the_loss(kw):
+    "So DistributedDataParallel needs no search for unused ones."
+    try:
+        net, batch = network_and_batch(**kw)
+    except EsslError:
+        pytest.skip("this block takes no such mixer")
+    given, how = batch(0)
+    net(*given, **how)[1].total.backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from test_shared_runs import network_and_batch
+dist.init_process_group("gloo")
+(alone, batch), (net, _) = (network_and_batch(mixer="attention") for _ in range(2))
+for part in (*net.encoder.blocks, net):
+    fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+one, many = (torch.optim.SGD(n.parameters(), lr=0.1) for n in (alone, net))
+for step in range(3):
+    one.zero_grad(), many.zero_grad()
+    for rank in range(2):
+        given, how = batch(2 * step + rank)
+        (alone(*given, **how)[1].total / 2).backward()
+    given, how = batch(2 * step + dist.get_rank())
+    net(*given, **how)[1].total.backward()
+    one.step(), many.step()
+for p, q in zip(alone.parameters(), net.parameters()):
+    torch.testing.assert_close(p, q.full_tensor())
+dist.destroy_process_group()
+"""
+
+
+def test_the_network_trains_sharded_as_it_does_alone():
+    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    command = [sys.executable, "-c", SHARDED, os.path.dirname(__file__)]
+    started = [subprocess.Popen(command, env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(2)]
+    errors = [p.communicate(timeout=150)[1] for p in started]
+    assert [p.returncode for p in started] == [0, 0], errors
