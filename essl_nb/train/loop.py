@@ -97,6 +97,8 @@ def prepare(config: PretrainConfig, folder: Path, corpus: Corpus | None, progres
     run.stages = stages
     if (folder / "last.safetensors").exists():
         restore_state(run, folder)
+    elif (folder / "metrics.jsonl").exists() and ranks.rank == 0:
+        print(f"{folder} holds no saved state: the run begins again at step 0.")
     if ranks.rank == 0:
         forget_after(folder, run.step)
     run.share()
