@@ -16,7 +16,7 @@ from ..core.registry import EsslError
 from ..mixers.base import mixers
 from .config import EncoderConfig
 from .encoder import POSITION_GROUPS, POSITION_KERNEL, Encoder
-from .wave import CONVOLUTIONS
+from .waveform import CONVOLUTIONS
 
 # %% ../../nbs/models/64_wav2vec2.ipynb #bddc1188
 TRANSFORMER = "encoder.transformer."
