@@ -18,7 +18,7 @@ from ..core.registry import EsslError
 from ..mixers.base import mixers
 from .config import EncoderConfig
 from .encoder import POSITION_GROUPS, POSITION_KERNEL, Encoder
-from .wave import CONVOLUTIONS, standardise
+from .waveform import CONVOLUTIONS, standardise
 
 # %% ../../nbs/models/64_wav2vec2.ipynb #bddc1188
 TRANSFORMER = "encoder.transformer."
