@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -13,12 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from essl_nb import EncoderConfig, build_encoder, load_encoder
+from essl_nb import EncoderConfig, build_encoder, list_mixers, load_encoder
 from essl_nb.core.registry import EsslError
 from essl_nb.models.encoder import Encoder
 
 pytest.importorskip("huggingface_hub")
-CONFIG = EncoderConfig("summary", dim=32, depth=1)
+CONFIG = EncoderConfig(list_mixers()[0], dim=32, depth=1)
 WAV = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0)) * 0.1
 
 
@@ -59,9 +58,8 @@ def test_a_class_of_ones_own_comes_back_as_itself(encoder, tmp_path):
     assert type(again) is Mine and torch.equal(again.eval()(WAV).frames, encoder(WAV).frames)
 
 
-def test_copies_and_pickles_are_as_without_the_mixin(encoder):
-    for again in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
-        assert torch.equal(again(WAV).frames, encoder(WAV).frames)
+def test_a_copy_is_as_without_the_mixin(encoder):
+    assert torch.equal(copy.deepcopy(encoder)(WAV).frames, encoder(WAV).frames)
 
 
 def test_a_name_that_is_nowhere_is_answered():
@@ -74,9 +72,9 @@ def test_a_name_that_is_nowhere_is_answered():
 WITHOUT = """
 import sys; sys.modules["huggingface_hub"] = None
 import torch
-from essl_nb import EncoderConfig, build_encoder
+from essl_nb import EncoderConfig, build_encoder, list_mixers
 from essl_nb.models.encoder import Encoder
-encoder = build_encoder(EncoderConfig("summary", dim=32, depth=1), seed=3).eval()
+encoder = build_encoder(EncoderConfig(list_mixers()[0], dim=32, depth=1), seed=3).eval()
 encoder.save_pretrained(sys.argv[1])
 wav = torch.zeros(1, 8000)
 assert torch.equal(Encoder.from_pretrained(sys.argv[1])(wav).frames, encoder(wav).frames)
@@ -153,9 +151,9 @@ def hub():
 
 ROUND_TRIP = """
 import sys, torch
-from essl_nb import EncoderConfig, build_encoder
+from essl_nb import EncoderConfig, build_encoder, list_mixers
 from essl_nb.models.encoder import Encoder
-encoder = build_encoder(EncoderConfig("summary", dim=32, depth=1), seed=3).eval()
+encoder = build_encoder(EncoderConfig(list_mixers()[0], dim=32, depth=1), seed=3).eval()
 print(encoder.push_to_hub("org/name", token="hf_none"))
 again = Encoder.from_pretrained("org/name", cache_dir=sys.argv[1], token="hf_none")
 assert torch.equal(again(torch.ones(1, 8000)).frames, encoder(torch.ones(1, 8000)).frames)
