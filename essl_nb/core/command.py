@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'essl_explore', 'essl_pretrain', 'essl_probe', 'essl_cost', 'essl_curves', 'essl_study', 'essl_ligru_bench',
            'essl_recognise', 'comments', 'signature', 'fields_of', 'add_option', 'normal', 'refusal', 'Terminated',
-           'on_sigterm', 'place_error', 'status_of', 'Command']
+           'on_sigterm', 'place_error', 'status_of', 'numbers', 'Command']
 
 # %% ../../nbs/core/119_command.ipynb #d6070bbf
 import argparse
@@ -138,6 +138,11 @@ def status_of(
     except EsslError as e:
         print(f"{name}: {e}", file=sys.stderr)
         return 2
+    except SystemExit as e:
+        if not isinstance(e.code, str):
+            raise
+        print(e.code, file=sys.stderr)  # a sentence in a status's place is a complaint
+        return 2
     except Terminated:
         print(f"{name}: stopped by SIGTERM.", file=sys.stderr)
         return 143
@@ -155,6 +160,22 @@ def status_of(
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
+
+# %% ../../nbs/core/119_command.ipynb #7ae6ff70
+def numbers(
+    option: str, # the option's name, for the complaint: "--seconds"
+    text: str, # what was given: numbers with commas between
+    kind: type = float, # int or float
+) -> tuple: # of kind
+    "The numbers of a list in one word. Raises EsslError for anything else."
+    try:
+        made = tuple(kind(word) for word in text.split(","))
+    except ValueError:
+        made = ()
+    if not made or any(n != n or n in (float("inf"), -float("inf")) for n in made):
+        what = "whole numbers with commas between, such as 1,2" if kind is int else "numbers with commas between, such as 1,10,60"
+        raise EsslError(f"{option} {text} was given; it takes {what}.")
+    return made
 
 # %% ../../nbs/core/119_command.ipynb #34d2acd6
 class Command:
@@ -181,6 +202,8 @@ class Command:
                 parser.add_argument(name, type=hint, help=said, nargs="?", default=argparse.SUPPRESS)
             elif default is ...:
                 parser.add_argument(name, type=hint, help=said)
+            elif hint is bool:
+                parser.add_argument(f"--{name}", action="store_true", help=said)
             elif name != "settings":
                 add_option(parser, name, hint, default, said)
         if self.settings:

@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ..core.config import check_types
+from ..core.config import check_options, check_types
 from ..core.registry import EsslError, nearest
 
 # %% ../../nbs/models/103_config.ipynb #31aa2957
@@ -43,7 +43,9 @@ class EncoderConfig:
         from essl_nb.models.block import blocks
         from essl_nb.models.frontend import frontends
 
-        for registry, name, given in ((mixers, self.mixer, {}), (frontends, self.frontend, self.frontend_kw), (blocks, self.block, self.block_kw)):
+        for registry, name, kw in ((mixers, self.mixer, "mixer_kw"), (frontends, self.frontend, "frontend_kw"), (blocks, self.block, "block_kw")):
+            check_options(registry.get(name).obj, getattr(self, kw), kw)
+            given = () if registry is mixers else getattr(self, kw)  # a mixer's own constructor names what it does not take
             allowed = [a for a in inspect.signature(registry.get(name).obj).parameters if a not in BLOCK_WORDS]
             for word in given:
                 if word not in allowed:

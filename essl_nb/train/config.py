@@ -9,7 +9,7 @@ __all__ = ['Batching', 'BATCHINGS', 'Precision', 'PretrainConfig']
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ..core.config import check_types
+from ..core.config import check_options, check_types
 from ..core.registry import EsslError
 from ..models.config import EncoderConfig
 
@@ -47,7 +47,7 @@ class PretrainConfig:
         from essl_nb.models.frontend import frontends
         from essl_nb.objectives.objective import objectives
 
-        objectives.get(self.objective)
+        check_options(objectives.get(self.objective).obj, self.objective_kw, "objective_kw")
         if not frontends.get(self.encoder.frontend).obj.stored:
             stored = ", ".join(e.name for e in frontends if e.obj.stored)
             raise EsslError(f"The front end {self.encoder.frontend!r} reads waveforms, and pre-training reads stored log-mel frames: take one of {stored}.")
