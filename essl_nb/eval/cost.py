@@ -25,8 +25,7 @@ from ..core.precision import PRECISIONS, autocast, choose_precision
 from ..core.registry import EsslError
 from .macs import encoder_macs, meta_encoder, training_macs
 from .machine import check_seconds, check_threads, library_versions, machine_record
-from .meter import meter_of
-from .measure import exponent, idle, interleaved, peak_bytes, spread
+from .measure import exponent, idle, interleaved, meter_of, peak_bytes, spread
 from ..mixers.base import FAMILIES, mixers
 from ..models.config import EncoderConfig
 from ..models.encoder import build_encoder

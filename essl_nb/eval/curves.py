@@ -24,8 +24,7 @@ from ..core.fresh import run_fresh
 from ..core.registry import EsslError, nearest
 from .cost import baseline_mixer, digits, triple
 from .machine import check_seconds, check_threads, library_versions, machine_record
-from .measure import exponent
-from .meter import allocated_peak, meter_of, wall
+from .measure import allocated_peak, exponent, meter_of, wall
 from ..mixers.base import count_macs, list_mixers, mixers
 from ..models.block import TransformerBlock
 from ..models.encoder import initialise
