@@ -81,16 +81,17 @@ def contestants(case: dict, device: str) -> dict: # name → (builder of a modul
     for name in case.get("also", ()):
         build = loop if "loop" in name else ours
         found[name] = (build, torch.float32, low)
-    return found
+    return {name: how for name, how in found.items() if name not in case.get("without", ())}
 
 
 class RecurrentCase:
     "Recurrent layers of one width and batch, interleaved; points are durations and passes."
 
-    def __init__(self, case: dict, device: str, simulator=None):
-        self.case, self.device, self.meter, self.failed = case, device, meter_of(device), {}
-        self.models = {}
+    def __init__(self, case: dict, device: str, simulator=None, tell=lambda name: None):
+        self.case, self.device, self.meter, self.tell = case, device, meter_of(device), tell
+        self.models, self.failed = {}, {}
         for name, (build, dtype, low) in contestants(case, device).items():
+            tell(name)  # so that it is known who was at it when nothing more is heard
             torch.manual_seed(0)
             try:
                 self.models[name] = build().to(device, dtype), dtype, low
@@ -99,7 +100,6 @@ class RecurrentCase:
                 self.meter.ready()
             except Exception as e:
                 self.fail(name, e)
-        self.graphed = {}
 
     def fail(self, name: str, e: Exception):
         "Leave a contestant out and keep the reason; what poisoned the GPU goes on up."
@@ -140,6 +140,7 @@ class RecurrentCase:
         calls, T, which = {}, point["frames"], point["pass"]
         usual = torch.bfloat16 if self.case["precision"] == "bf16" else torch.float32
         for name, (_, dtype, _) in list(self.models.items()):
+            self.tell(name)
             try:
                 x = self.input(T, dtype)
                 calls[name] = self.caller(name, x, which, self.grown(name, x))
@@ -175,7 +176,7 @@ def beside(meter, own, rival, repeats: int = 5) -> dict: # calls without argumen
 class MixerCase:
     "A mixer forwards and backwards at several durations; a whole block beside a block around attention."
 
-    def __init__(self, case: dict, device: str, simulator=None):
+    def __init__(self, case: dict, device: str, simulator=None, tell=lambda name: None):
         from essl_nb.models.block import TransformerBlock
 
         self.case, self.device, self.meter = case, device, meter_of(device)
@@ -214,7 +215,7 @@ class MixerCase:
 class StepCase:
     "A training step of an encoder, and of the same one around fused attention."
 
-    def __init__(self, case: dict, device: str, simulator=None):
+    def __init__(self, case: dict, device: str, simulator=None, tell=lambda name: None):
         from essl_nb.eval.cost import baseline_of, training_call
         from essl_nb.models.config import named_config
 

@@ -134,7 +134,7 @@ def verdict(errors: dict, allowed: dict) -> dict: # errors: name → number; all
 class KernelCase:
     "A kernel forwards, backwards, and with nothing kept but the states, against float64."
 
-    def __init__(self, case: dict, device: str, simulator=None):
+    def __init__(self, case: dict, device: str, simulator=None, tell=lambda name: None):
         place = "cpu" if device == "simulator" else device
         self.code, self.engine = gpu_code(), engine_of(device, case["path"], simulator)
         self.case, self.x = case, problem(case, place)
@@ -194,7 +194,7 @@ def mixed(precision: str, device: str):
 class LayerCase:
     "Two bidirectional layers as a user runs them: plainly, as a CUDA graph, compiled."
 
-    def __init__(self, case: dict, device: str, simulator=None):
+    def __init__(self, case: dict, device: str, simulator=None, tell=lambda name: None):
         self.case, self.device = case, device
         torch.manual_seed(0)
         kw = dict(num_layers=2, bidirectional=True, normalization=case["normalization"], activation=case["activation"])
