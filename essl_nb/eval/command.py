@@ -15,9 +15,9 @@ from ..core.registry import EsslError
 # %% ../../nbs/eval/117_command.ipynb #3ddb02f0
 def read_value(text: str):
     "A number, a list, true, false or null where the text is one, else the text."
-    for form in (text, f"[{text}]"):
+    for read in (json.loads, float, lambda t: json.loads(f"[{t}]")):
         try:
-            return json.loads(form)
+            return read(text)
         except ValueError:
             pass
     return text
