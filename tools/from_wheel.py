@@ -1,7 +1,7 @@
 """Does the package work for someone who has nothing but its wheel?
 
-    python tools/wheel.py                   build the wheel, make a virtual environment, run the list below, print a log
-    python tools/wheel.py --only ten_lines,explorer --keep FOLDER
+    python tools/from_wheel.py                   build the wheel, make a virtual environment, run the list below, print a log
+    python tools/from_wheel.py --only ten_lines,explorer --keep FOLDER
 
 The environment holds the wheel; its requirements are lent by the Python that runs this (a .pth file), and what is lacking there
 is installed. No path of the repository is on sys.path, no variable of this project is set, the home is an empty folder.
