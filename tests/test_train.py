@@ -19,6 +19,7 @@ from essl_nb.data.corpus import load_corpus
 from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.objectives.objective import list_objectives, objectives
+from essl_nb.train import folder as folder_module
 from essl_nb.train import loop
 from essl_nb.train.config import PretrainConfig
 from essl_nb.train.loop import pretrain
@@ -66,6 +67,7 @@ import json, sys, time
 import torch
 torch.set_num_threads(1)
 from essl_nb.core.config import from_json
+from essl_nb.train import folder as folder_module
 from essl_nb.train import loop
 step = loop.train_step
 def slowly(run):
@@ -109,7 +111,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folder_of_clips, tmp_path,
             part.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loop, "save_tensors", no_room)
+    monkeypatch.setattr(folder_module, "save_tensors", no_room)
     with pytest.raises(EsslError, match="disk is full"):
         quiet(config, tmp_path / "run")
     monkeypatch.undo()
