@@ -36,9 +36,8 @@ EXTRAS = {k.removesuffix("_requirements"): names(k) for k in settings() if k.end
 
 
 def imported(path: Path):
-    "(distribution, whether it is imported with the module) of every third-party import of a module."
+    "The distribution of every third-party import of a module."
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    late = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
     guarded = {id(n) for f in ast.walk(tree) if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.unparse(f.test) for n in ast.walk(f)}
     for n in ast.walk(tree):
         wanted = [a.name for a in n.names] if isinstance(n, ast.Import) else [n.module or ""] if isinstance(n, ast.ImportFrom) and not n.level else []
@@ -46,19 +45,19 @@ def imported(path: Path):
             top = w.split(".")[0]
             if top and top not in sys.stdlib_module_names and top != "essl_nb" and id(n) not in guarded:
                 name = next((d for k, d in DISTRIBUTION.items() if w == k or w.startswith(k + ".")), top)
-                yield BROUGHT.get(name, name).lower().replace("_", "-"), id(n) not in late
+                yield BROUGHT.get(name, name).lower().replace("_", "-")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_are_declared(path):
     declared = CORE | set().union(*EXTRAS.values()) | PEERS | {"ipython"}
-    for name, _ in imported(path):
+    for name in imported(path):
         assert name in declared or f"numba-{name}" in declared, f"{path} imports {name}, which settings.ini asks for nowhere"
 
 
 def test_every_requirement_is_imported_somewhere():
     code = "\n".join((ROOT / p).read_text(encoding="utf-8") for p in MODULES)
-    used = {name for p in MODULES for name, _ in imported(p)}
+    used = {name for p in MODULES for name in imported(p)}
     used |= {name for name, words in INDIRECT.items() if re.search(words, code)}
     used |= {"numba-cuda"} if re.search(r"numba import cuda", code) else set()
     for kind, wanted in {"core": CORE, **EXTRAS}.items():

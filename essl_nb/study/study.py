@@ -29,6 +29,7 @@ from ..core.config import from_json, to_json
 from ..core.files import Busy, append_line, atomic_write, locked, read_lines, write_json
 from ..core.fresh import run_fresh
 from ..core.registry import EsslError
+from ..core.stop import StoppedBySignal
 from ..data.corpus import load_corpus
 from ..eval.machine import library_versions, machine_record
 from ..eval.probe import Baseline, run_probe, runnable
@@ -338,7 +339,7 @@ def essl_study(
         return 0
     try:
         code = tell(study, study.run(jobs=jobs, only=only), command)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedBySignal):
         print(f"\nEvery finished fact is kept, pre-training goes on from its last checkpoint. To go on: {command}", file=sys.stderr)
         raise
     for path in ship(study) if ship_encoders else ():
