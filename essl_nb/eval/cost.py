@@ -104,11 +104,11 @@ def load_code(
 
 
 def peak_meter(
-    device: str, # cpu or cuda
+    meter, # of the device, from `meter_of`
 ) -> tuple: # a function from a call to its peak bytes; bytes of an idle process, which the function leaves out
     "How the peak of a call that makes all it needs is measured on a device."
-    if device != "cpu":
-        return meter_of(device).peak, 0
+    if meter.device != "cpu":
+        return meter.peak, 0
     floor = spread([peak_bytes(idle) for _ in range(3)])[0]
     return (lambda call: peak_bytes(call) - floor), floor
 
@@ -125,7 +125,7 @@ def measure_deployment(
     configs, memory, meter = [from_json(EncoderConfig, c) for c in configs], [], meter_of(device)
     build = lambda c: build_encoder(c, seed=0).eval().to(device)
     load_code(configs, device)
-    peak, floor = peak_meter(device)
+    peak, floor = peak_meter(meter)
     for s in seconds if memory_repeats else []:
         memory.append([[peak(lambda: deployment_call(build(c), s, precision, device)()) for c in configs] for _ in range(memory_repeats)])
     encoders = [build(c) for c in configs]
@@ -150,7 +150,7 @@ def measure_training(
         step(), step()
 
     load_code(configs, device)
-    peak, floor = peak_meter(device)
+    peak, floor = peak_meter(meter)
     memory = [[peak(lambda: two_steps(c)) for c in configs] for _ in range(memory_repeats)]
     times = interleaved([training_call(c, batch, seconds, precision, device) for c in configs], repeats=repeats, warmup=3, fill=2.0 if repeats > 2 else 0, clock=meter.clock)
     return {"times": times, "memory": memory, "idle": floor, "device": meter.record()}
