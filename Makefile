@@ -40,7 +40,7 @@ export:
 
 docs:
 	@sh tools/env.sh docs
-	@$(PY) tools/site.py
+	@$(PY) tools/website.py
 
 clean:
 	rm -rf build dist _site .cache .pytest_cache .gradio *.egg-info
