@@ -6,7 +6,7 @@
 __all__ = ['DURATIONS', 'CODES', 'baseline_mixer', 'baseline_of', 'noise', 'deployment_call', 'training_call', 'load_code',
            'peak_meter', 'measure_deployment', 'measure_training', 'digits', 'triple', 'against_baseline', 'prepare',
            'card_head', 'size_on_disk', 'state_bytes', 'within_reach', 'deployment_cost', 'headline', 'slopes',
-           'training_cost', 'card_text', 'cost_config']
+           'training_cost', 'card_text', 'essl_cost', 'cost_config']
 
 # %% ../../nbs/eval/71_cost.ipynb #915bd1c2
 import dataclasses
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.config import from_json, to_json
+from ..core.files import write_json
 from ..core.fresh import run_fresh
 from ..core.precision import PRECISIONS, autocast, choose_precision
 from ..core.registry import EsslError
@@ -334,6 +335,34 @@ def card_text(card: dict) -> str: # lines for a terminal
     return "\n".join(lines)
 
 # %% ../../nbs/eval/71_cost.ipynb #5c523e11
+def essl_cost(
+    mixer: str, # a registered mixer, or a folder that encoder.save wrote
+    dim: int = 192, # width of the frames
+    depth: int = 4, # blocks
+    causal: bool = False, # frames see only what has been
+    what: str = "both", # training, deployment or both
+    seconds: str = "1,5,10,20,40,80", # durations for deployment, s, with commas
+    threads: int = 1, # compute threads
+    repeats: int = 7, # turns at each point, at least
+    device: str = "cpu", # cpu or cuda
+    out: str = "cost.json", # the cards are written here
+    quick: bool = False, # two durations, two turns
+):
+    "Measure what an encoder costs on this machine, beside the attention baseline: ms, MiB, audio seconds per second."
+    if what not in ("training", "deployment", "both"):
+        raise EsslError(f"what={what!r} was given; it can be training, deployment or both.")
+    config = cost_config(mixer, dim, depth, causal)
+    cards, how = [], dict(threads=threads, repeats=repeats, quick=quick, device=device)
+    if what != "deployment":
+        cards.append(training_cost(config, **how))
+        print(card_text(cards[-1]), flush=True)
+    if what != "training":
+        cards.append(deployment_cost(config, seconds=seconds.split(","), **how))
+        print(card_text(cards[-1]), flush=True)
+    write_json(out, cards)
+    print(f"wrote {out}")
+
+
 def cost_config(mixer: str, dim: int, depth: int, causal: bool) -> EncoderConfig:
     "The configuration of a saved encoder, or of a fresh one. Raises EsslError."
     saved = Path(mixer) / "config.json"
@@ -343,12 +372,3 @@ def cost_config(mixer: str, dim: int, depth: int, causal: bool) -> EncoderConfig
         except json.JSONDecodeError as e:
             raise EsslError(f"{saved} is not JSON ({e}); copy or make the checkpoint again.") from e
     return EncoderConfig(mixer, dim=dim, depth=depth, causal=causal)
-
-
-def __getattr__(name: str):
-    "The command has a page that needs no torch, `129_commands`; it is found here too."
-    if name == "essl_cost":
-        from essl_nb.eval.commands import essl_cost
-
-        return essl_cost
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
