@@ -144,7 +144,7 @@ def test_the_command_reads_a_saved_encoder(tmp_path):
 def test_the_command_answers_in_one_sentence(tmp_path):
     for kw, part in [(dict(mixer="no-such"), "There is no mixer called"), (dict(mixer=BASE, what="all"), "training, deployment or both"),
                      (dict(mixer=BASE, threads=0), "whole number from 1"), (dict(mixer=BASE, what="deployment", seconds="1,two"), "durations")]:
-        with pytest.raises(SystemExit, match=part):
+        with pytest.raises(EsslError, match=part):
             cost.essl_cost(**kw, out=str(tmp_path / "x.json"))
     assert not list(tmp_path.iterdir())
 

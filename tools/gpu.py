@@ -204,8 +204,7 @@ def compiling() -> None:
 class Worker:
     "A child process: what it does, and until when it may."
 
-    def __init__(self, device: str, env: dict, log):
-        command = [sys.executable, str(Path(__file__).resolve()), "--child", "--device", device]
+    def __init__(self, command: list, env: dict, log):
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env,
                                         cwd=ROOT, start_new_session=True)
         os.set_blocking(self.process.stdout.fileno(), False)
@@ -231,23 +230,27 @@ class Worker:
         found = [json.loads(line) for line in lines if line.strip()]
         return found if data or found else None
 
-    def end(self) -> int | None: # exit status
-        "Kill it with all that it started."
-        for sig in (signal.SIGKILL,):
+    def end(self, patience: float = 0.0) -> int | None: # exit status; None: the driver holds on to it
+        "Kill it with all that it started; one that is ending by itself is given time for it."
+        for seconds in (patience, 20):
             try:
-                os.killpg(self.process.pid, sig)
-            except (ProcessLookupError, PermissionError):
-                pass
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass  # the driver holds it; nothing waits for it any more
+                self.process.wait(seconds)
+                break
+            except subprocess.TimeoutExpired:
+                kill_group(self.process.pid)
         for pipe in (self.process.stdin, self.process.stdout):
             try:
                 pipe.close()
             except OSError:
                 pass
         return self.process.returncode
+
+
+def kill_group(leader: int) -> None:
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
 
 
 class Rows:
@@ -289,8 +292,8 @@ def named(case: dict, point: dict | None = None) -> str:
 class Run:
     "Cases through children, with limits, a budget, and a row for whatever happens."
 
-    def __init__(self, device, env, rows, log, budget, workers, limit, steps):
-        self.device, self.env, self.rows, self.log, self.limit = device, env, rows, log, limit
+    def __init__(self, command, env, rows, log, budget, workers, limit, steps):
+        self.command, self.env, self.rows, self.log, self.limit = command, env, rows, log, limit
         self.size, self.workers, self.mute = workers, [], 0
         self.began = time.monotonic()
         self.ends, share, total = {}, 0.0, sum(SHARES[s] for s in steps)
@@ -301,13 +304,13 @@ class Run:
     # children
 
     def hire(self) -> Worker:
-        worker = Worker(self.device, self.env, self.log)
+        worker = Worker(self.command, self.env, self.log)
         self.workers.append(worker)
         return worker
 
-    def dismiss(self, worker: Worker) -> int | None:
+    def dismiss(self, worker: Worker, patience: float = 0.0) -> int | None: # exit status
         self.workers.remove(worker)
-        return worker.end()
+        return worker.end(patience)
 
     def close(self) -> None:
         for worker in list(self.workers):
@@ -319,7 +322,7 @@ class Run:
         while time.monotonic() < until:
             said = worker.heard()
             if said is None:
-                raise RuntimeError(f"the child ended with exit status {self.dismiss(worker)}")
+                raise RuntimeError(f"the child ended with exit status {self.dismiss(worker, 5)}")
             for message in said:
                 if any(k in message for k in keys):
                     return message
@@ -379,7 +382,7 @@ class Run:
                 for message in said or ():
                     self.take(worker, message)
                 if said is None and worker in self.workers:
-                    self.lost(worker, "its process ended")
+                    self.lost(worker, "its process ended", 5)
 
     def take(self, worker: Worker, message: dict) -> None:
         "One message of a child."
@@ -430,14 +433,14 @@ class Run:
         self.rows.add({**told(case), **case["points"][i], "name": name, "failed": why})
         return {**case, "points": case["points"][i:], "without": [*case.get("without", ()), name]}
 
-    def lost(self, worker: Worker, why: str) -> None:
+    def lost(self, worker: Worker, why: str, patience: float = 0.0) -> None:
         "A child that hangs or has ended: its row, its end."
         case, state = worker.case, worker.state
-        status = self.dismiss(worker)
+        status = self.dismiss(worker, patience)
         if state == "starting":
             self.mute += 1
             self.rows.add({"step": "head", "failed": f"a child could not start: {why}, exit status {status}"})
-        elif case is not None and status != POISONED:
+        elif case is not None and status != POISONED:  # who is poisoned has said so before
             self.failed(worker, f"{why}; the child was ended (exit status {status}) while {state}", True)
 
 
@@ -538,7 +541,8 @@ def conduct(a: argparse.Namespace, scratch: Path) -> int:
         return subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import gpu; gpu.compiling()"], env=env, cwd=ROOT).returncode
     began, cores = time.monotonic(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with open(scratch / "log", "wb") as log:
-        run = Run(a.device, env, None, log, a.budget, a.workers or max(1, min(4, cores // 4)), a.limit, a.only)
+        command = [sys.executable, str(Path(__file__).resolve()), "--child", "--device", a.device]
+        run = Run(command, env, None, log, a.budget, a.workers or max(1, min(4, cores // 4)), a.limit, a.only)
         try:
             worker = run.hire()
             try:

@@ -6,7 +6,7 @@
 __all__ = ['DURATIONS', 'CODES', 'baseline_mixer', 'baseline_of', 'noise', 'deployment_call', 'training_call', 'load_code',
            'peak_meter', 'measure_deployment', 'measure_training', 'digits', 'triple', 'against_baseline', 'prepare',
            'card_head', 'size_on_disk', 'state_bytes', 'within_reach', 'deployment_cost', 'headline', 'slopes',
-           'training_cost', 'card_text', 'cost_config']
+           'training_cost', 'card_text', 'essl_cost', 'cost_config']
 
 # %% ../../nbs/eval/71_cost.ipynb #915bd1c2
 import dataclasses
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.config import from_json, to_json
+from ..core.files import write_json
 from ..core.fresh import run_fresh
 from ..core.precision import PRECISIONS, autocast, choose_precision
 from ..core.registry import EsslError
@@ -104,11 +105,11 @@ def load_code(
 
 
 def peak_meter(
-    device: str, # cpu or cuda
+    meter, # of the device, from `meter_of`
 ) -> tuple: # a function from a call to its peak bytes; bytes of an idle process, which the function leaves out
     "How the peak of a call that makes all it needs is measured on a device."
-    if device != "cpu":
-        return meter_of(device).peak, 0
+    if meter.device != "cpu":
+        return meter.peak, 0
     floor = spread([peak_bytes(idle) for _ in range(3)])[0]
     return (lambda call: peak_bytes(call) - floor), floor
 
@@ -125,7 +126,7 @@ def measure_deployment(
     configs, memory, meter = [from_json(EncoderConfig, c) for c in configs], [], meter_of(device)
     build = lambda c: build_encoder(c, seed=0).eval().to(device)
     load_code(configs, device)
-    peak, floor = peak_meter(device)
+    peak, floor = peak_meter(meter)
     for s in seconds if memory_repeats else []:
         memory.append([[peak(lambda: deployment_call(build(c), s, precision, device)()) for c in configs] for _ in range(memory_repeats)])
     encoders = [build(c) for c in configs]
@@ -150,7 +151,7 @@ def measure_training(
         step(), step()
 
     load_code(configs, device)
-    peak, floor = peak_meter(device)
+    peak, floor = peak_meter(meter)
     memory = [[peak(lambda: two_steps(c)) for c in configs] for _ in range(memory_repeats)]
     times = interleaved([training_call(c, batch, seconds, precision, device) for c in configs], repeats=repeats, warmup=3, fill=2.0 if repeats > 2 else 0, clock=meter.clock)
     return {"times": times, "memory": memory, "idle": floor, "device": meter.record()}
@@ -334,6 +335,34 @@ def card_text(card: dict) -> str: # lines for a terminal
     return "\n".join(lines)
 
 # %% ../../nbs/eval/71_cost.ipynb #5c523e11
+def essl_cost(
+    mixer: str, # a registered mixer, or a folder that encoder.save wrote
+    dim: int = 192, # width of the frames
+    depth: int = 4, # blocks
+    causal: bool = False, # frames see only what has been
+    what: str = "both", # training, deployment or both
+    seconds: str = "1,5,10,20,40,80", # durations for deployment, s, with commas
+    threads: int = 1, # compute threads
+    repeats: int = 7, # turns at each point, at least
+    device: str = "cpu", # cpu or cuda
+    out: str = "cost.json", # the cards are written here
+    quick: bool = False, # two durations, two turns
+):
+    "Measure what an encoder costs on this machine, beside the attention baseline: ms, MiB, audio seconds per second."
+    if what not in ("training", "deployment", "both"):
+        raise EsslError(f"what={what!r} was given; it can be training, deployment or both.")
+    config = cost_config(mixer, dim, depth, causal)
+    cards, how = [], dict(threads=threads, repeats=repeats, quick=quick, device=device)
+    if what != "deployment":
+        cards.append(training_cost(config, **how))
+        print(card_text(cards[-1]), flush=True)
+    if what != "training":
+        cards.append(deployment_cost(config, seconds=seconds.split(","), **how))
+        print(card_text(cards[-1]), flush=True)
+    write_json(out, cards)
+    print(f"wrote {out}")
+
+
 def cost_config(mixer: str, dim: int, depth: int, causal: bool) -> EncoderConfig:
     "The configuration of a saved encoder, or of a fresh one. Raises EsslError."
     saved = Path(mixer) / "config.json"
@@ -343,12 +372,3 @@ def cost_config(mixer: str, dim: int, depth: int, causal: bool) -> EncoderConfig
         except json.JSONDecodeError as e:
             raise EsslError(f"{saved} is not JSON ({e}); copy or make the checkpoint again.") from e
     return EncoderConfig(mixer, dim=dim, depth=depth, causal=causal)
-
-
-def __getattr__(name: str):
-    "The command has a page that needs no torch, `129_commands`; it is found here too."
-    if name == "essl_cost":
-        from essl_nb.eval.commands import essl_cost
-
-        return essl_cost
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

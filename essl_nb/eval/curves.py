@@ -6,7 +6,7 @@
 __all__ = ['SECONDS', 'WIDTHS', 'BATCHES', 'PASSES', 'FRAMES', 'GIVEN', 'SHORT', 'LONG', 'KEPT', 'RATE', 'GIB', 'LONGEST',
            'ALWAYS', 'NEVER', 'unit', 'one_call', 'by_rounds', 'measure_point', 'work', 'effort', 'foretold', 'why_not',
            'points', 'whose', 'known_points', 'point_seconds', 'cost_curves', 'point_head', 'curve_row', 'load_curves',
-           'exponents', 'crossing', 'crossover', 'ceiling', 'plan_text']
+           'exponents', 'crossing', 'crossover', 'ceiling', 'essl_curves', 'plan_text']
 
 # %% ../../nbs/eval/66_curves.ipynb #45dbb3b8
 from ..core.extras import need
@@ -376,6 +376,34 @@ def ceiling(
     return fixed / (T + fixed)
 
 # %% ../../nbs/eval/66_curves.ipynb #b698e57f
+def essl_curves(
+    path: str = "results/curves/rows.jsonl", # Rows are appended to this file; points that it holds are not measured again. One file holds one processor or GPU
+    only: str = "", # Mixers, with commas between; empty: all that are registered
+    widths: str = "256,576", # Widths D
+    batches: str = "1,6", # Utterances side by side
+    seconds: str = "", # Durations (s), such as 1,10,60; empty: 1 to 160, of costly series the shorter ones
+    passes: str = "forward,forward+backward", # What is timed
+    threads: int = 1, # Compute threads
+    device: str = "cpu", # cpu or cuda
+    most_seconds: float = 10.0, # Calls thought to take longer (s) are skipped, and a row says so
+    most_gib: float = 6.0, # Calls thought to take more memory (GiB) are skipped, and a row says so
+    budget: float = 4.0, # Seconds that the rounds of a point may fill; at least 3 to 7 rounds are made
+    again: bool = False, # Measure points anew that the file holds
+    dry: bool = False, # List the points with an estimate of their time and measure nothing else
+):
+    "Measure time (s) and memory (bytes) of every mixer against the duration of speech, beside fused attention."
+    numbers = lambda text, kind: tuple(kind(v) for v in text.split(","))
+    try:
+        grid = dict(widths=numbers(widths, int), batches=numbers(batches, int), seconds=numbers(seconds, float) if seconds else None)
+    except ValueError as e:
+        raise EsslError(f"{e}; give numbers with commas between, such as 1,10,60.") from None
+    grid["passes"], names = tuple(passes.split(",")), [mixers.get(n).name for n in only.split(",")] if only else list_mixers()
+    if dry:
+        return print(plan_text(path, names, points(**grid), budget, again, threads, device))
+    added = cost_curves(path, names=names, threads=threads, most_seconds=most_seconds, most_gib=most_gib, budget=budget, again=again, device=device, **grid)
+    print(f"{added} rows added to {path}")
+
+
 def plan_text(path, names, todo, budget: float, again: bool, threads: int, device: str = "cpu") -> str: # lines
     "The points that are to be measured and how long each is thought to take, from what is known and one call of 10 s of every mixer."
     known, lines, total = known_points(path, meter_of(device).record()), [], 0.0
@@ -388,12 +416,3 @@ def plan_text(path, names, todo, budget: float, again: bool, threads: int, devic
         total += took
         lines.append(f"width {p[0]:4}  batch {p[1]:2}  {p[2]:16}  {p[3]:6g} s  {round(p[3] * FRAMES):5} frames  {len(mine):3} mixers  about {took:4.0f} s")
     return "\n".join([*lines, f"about {total / 60:.0f} min in all"])
-
-
-def __getattr__(name: str):
-    "The command has a page that needs no torch, `129_commands`; it is found here too."
-    if name == "essl_curves":
-        from essl_nb.eval.commands import essl_curves
-
-        return essl_curves
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -289,10 +289,10 @@ def recurrent_cases(device: str, quick: bool) -> list:
                     what = dict(layers=L, directions=2, hidden=H, batch=B, precision=precision)
                     found.append(case("b", "recurrent", (4 if tiny else 9 + 3 * L) * len(frames) / 2, points(frames), **what))
             if L == 1:
-                found.append(case("b", "recurrent", 5 if tiny else 40, points(frames[:1]), layers=1, directions=2, hidden=widths[0], batch=batches[0], precision=precision, also=also))
+                found.append(case("b", "recurrent", 5 if tiny else 40, points(frames[:1]), layers=1, directions=2, hidden=widths[0], batch=batches[0], precision=precision, also=list(also)))
     slow = dict(layers=1, directions=1, hidden=widths[0], batch=batches[0], precision="fp32")
     loops = ("LiGRU, torch loop as a CUDA graph", "LiGRU, torch loop compiled")
-    return found + [case("b", "recurrent", 60, [{"frames": 50, "pass": PASSES[1]}], also=(name,), **slow) for name in loops if not (tiny or quick)]
+    return found + [case("b", "recurrent", 60, [{"frames": 50, "pass": PASSES[1]}], also=[name], **slow) for name in loops if not (tiny or quick)]
 
 
 def mixer_cases(device: str, quick: bool) -> list:
