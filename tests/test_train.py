@@ -181,7 +181,7 @@ def test_settings_survive_json(folder_of_clips):
 
 
 def test_the_command_answers_a_misspelt_mixer_in_one_sentence(tmp_path):
-    command = [Path(sys.executable).with_name("essl_pretrain"), NAMES[0] + "x", "--folder", tmp_path / "run"]
+    command = [sys.executable, "-c", "import sys; from essl_nb.core.command import essl_pretrain; sys.exit(essl_pretrain())", NAMES[0] + "x", "--folder", tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and f"did you mean {NAMES[0]!r}" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

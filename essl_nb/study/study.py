@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
-from fastcore.script import call_parse, store_true
 from tqdm.auto import tqdm
 
 import essl_nb
@@ -36,7 +35,7 @@ from ..eval.probe import Baseline, run_probe, runnable
 from ..models.checkpoint import load_encoder
 from ..models.config import EncoderConfig
 from ..models.encoder import build_encoder
-from .grid import CARDS, Cell, grid_cells, grid_values, next_cell, read_grid
+from .grid import CARDS, Cell, example_grid, grid_cells, grid_schema, grid_values, next_cell, read_grid
 from .results import GUESS, Estimates, headline, in_words, known_rows, ship
 from ..train.config import PretrainConfig
 from ..train.loop import pretrain
@@ -347,28 +346,32 @@ def tell(study: Study, outcome: Outcome, command: str) -> int: # exit code
     return 1 if outcome.failed else 0
 
 # %% ../../nbs/study/80_study.ipynb #25cfb834
-@call_parse
 def essl_study(
-    grid: str, # The grid: a JSON file such as results/small/grid.json
-    folder: str = None, # Where rows and weights go; without it, the folder of the grid
-    jobs: int = 1, # Cells at once, each in a process of one thread
-    only: str = None, # Kinds of cells to work on, with commas between: run,score,cost; without it, all
-    dry: store_true = False, # List the cells with estimated times (s, min, h) and do nothing
-    ship_encoders: store_true = False, # Afterwards copy one small checkpoint of each encoder to FOLDER/encoders
-):
+    grid: str = "", # the grid: a .json, .yaml or .toml file such as results/small/grid.json
+    folder: str = "", # where rows and weights go; without it, the folder of the grid
+    jobs: int = 1, # cells at once, each in a process of one thread
+    only: str = "", # kinds of cells to work on, with commas between: run,score,cost; without it, all
+    dry: bool = False, # list the cells with estimated times (s, min, h) and do nothing
+    ship_encoders: bool = False, # afterwards copy one small checkpoint of each encoder to FOLDER/encoders
+    example: bool = False, # print a small grid to start from, as JSON, and do nothing
+    schema: bool = False, # print the JSON Schema of grids, for editors, and do nothing
+) -> int: # 1 where some facts could not be found out, else 0
     "Run a study, or go on with one: pre-training, probes and cost cards, each fact appended to FOLDER/rows.jsonl."
+    if example or schema:
+        print(json.dumps(example_grid() if example else grid_schema(), indent=2))
+        return 0
+    if not grid:
+        raise EsslError("No grid was given; essl_study --example > grid.json writes one to start from.")
     command = " ".join(["essl_study", *sys.argv[1:]])
+    study = Study(grid, folder or None)
+    if dry:
+        print_plan(study, jobs, only)
+        return 0
     try:
-        study = Study(grid, folder)
-        if dry:
-            return print_plan(study, jobs, only)
         code = tell(study, study.run(jobs=jobs, only=only), command)
-        for path in ship(study) if ship_encoders else ():
-            print(f"wrote {path}")
-    except EsslError as e:
-        raise SystemExit(f"essl_study: {e}") from None
-    except (KeyboardInterrupt, StoppedBySignal) as e:
+    except (KeyboardInterrupt, StoppedBySignal):
         print(f"\nStopped. Every finished fact is kept, pre-training goes on from where it was. To go on: {command}", file=sys.stderr)
-        code = getattr(e, "code", 130)
-    if code:
-        raise SystemExit(code)
+        raise
+    for path in ship(study) if ship_encoders else ():
+        print(f"wrote {path}")
+    return code
