@@ -7,6 +7,7 @@ __all__ = ['patiently', 'do_run', 'untrained_encoder', 'do_score', 'do_cost', 'e
            'revision', 'Outcome', 'Study', 'Work', 'print_plan', 'tell', 'essl_study']
 
 # %% ../../nbs/study/80_study.ipynb #3704f956
+import json
 import os
 import subprocess
 import sys
