@@ -166,7 +166,7 @@ def test_a_real_study_stopped_in_a_run_saves_it_and_ends_as_a_calm_one(name, cli
     (tmp_path / "grid.json").write_text(json.dumps(grid(clips, steps=240)))
     study = Study(tmp_path / "grid.json", tmp_path / "cut")
     first = runs(study)[0]
-    start = lambda folder: subprocess.Popen([Path(sys.executable).with_name("essl_study"), tmp_path / "grid.json", "--folder", folder], stderr=subprocess.PIPE, text=True)
+    start = lambda folder: subprocess.Popen([sys.executable, "-c", "import sys; from essl_nb.core.command import essl_study; sys.exit(essl_study())", tmp_path / "grid.json", "--folder", folder], stderr=subprocess.PIPE, text=True)
     log, state = (tmp_path / "cut" / "runs" / first.key / n for n in ("metrics.jsonl", "last.safetensors"))
     child = start(tmp_path / "cut")
     end = time.monotonic() + 300
