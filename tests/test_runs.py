@@ -448,6 +448,27 @@ def test_a_finished_run_is_prolonged_with_a_schedule_of_its_own(straight, clips,
     assert same(folder, again)
 
 
+@pytest.mark.parametrize("number", range(1, 4))
+def test_a_cut_while_a_run_is_being_prolonged_changes_nothing(number, straight, clips, tmp_path, monkeypatch):
+    longer, whole_replace, count = replace(settings(clips), steps=16), os.replace, [0]
+
+    def counted(a, b):
+        count[0] += 1
+        if count[0] == number:
+            raise PowerCut
+        whole_replace(a, b)
+
+    for name in ("a", "b"):
+        shutil.copytree(straight, tmp_path / name / "run")
+    monkeypatch.setattr(os, "replace", counted)
+    with pytest.raises(PowerCut):
+        pretrain(longer, tmp_path / "a" / "run", **OFTEN)
+    monkeypatch.undo()
+    for name in ("a", "b"):
+        pretrain(longer, tmp_path / name / "run", **OFTEN)
+    assert same(tmp_path / "a" / "run", tmp_path / "b" / "run") and value(tmp_path / "a" / "run")["stages"] == [12, 16]
+
+
 def test_an_unfinished_run_and_one_without_its_state_are_not_prolonged(begun, clips, tmp_path):
     folder, config = begun
     with pytest.raises(EsslError, match="once it is finished"):

@@ -84,7 +84,8 @@ def claim(folder: Path, config: PretrainConfig, resume: bool) -> bool: # whether
         prolong(folder, new)
     elif differ:
         listed = ", ".join(f"{k}: {a.get(k)!r} there, {b.get(k)!r} now" for k in differ)
-        why = f" A run can be prolonged once it is finished; this one has made {done} of {a['steps']} steps." if differ == ["steps"] and b["steps"] > a["steps"] else ""
+        more = differ == ["steps"] and b["steps"] > a["steps"]
+        why = f" A run can be prolonged once it is finished; this one has made {done} of {a['steps']} steps." if more else ""
         raise EsslError(f"{folder} holds a run with another configuration (it differs in {listed}); choose another folder.{why}")
     return done >= config.steps
 
@@ -92,21 +93,24 @@ def claim(folder: Path, config: PretrainConfig, resume: bool) -> bool: # whether
 def prolong(folder: Path, config: dict):
     "Give a finished run more steps, with a schedule of their own. Raises EsslError where its last state is gone."
     if not (folder / "last.safetensors").exists() or not (folder / "run.json").exists():
-        raise EsslError(f"{folder} does not hold the state of its last step any more, so it cannot be prolonged; start anew in another folder.")
+        raise EsslError(f"{folder} does not hold the state of its last step any more, so it cannot be prolonged; "
+                        "start anew in another folder.")
     record, done = read_json(folder / "run.json"), finished_steps(folder)
     record["stages"] = [s for s in record["stages"] if s <= done] + [config["steps"]]
     write_json(folder / "run.json", record)
     write_json(folder / "config.json", config)
-    print(f"Prolonged from {done} to {config['steps']} steps: the added ones have a warm-up and a cosine of their own, so this is not the run of {config['steps']} steps at once.")
+    print(f"Prolonged from {done} to {config['steps']} steps: the added ones have a warm-up and a cosine of their own, "
+          f"so this is not the run of {config['steps']} steps at once.")
 
 # %% ../../nbs/train/108_folder.ipynb #7f74f308
 def record_of(run: Run, corpus) -> dict: # plain values
     "What a run is made with."
-    data = dict(name=corpus.name, sounds=sounds_hash(corpus), data_hash=corpus.data_hash, utterances=len(corpus), hours=round(corpus.hours, 4))
+    data = dict(name=corpus.name, sounds=sounds_hash(corpus), data_hash=corpus.data_hash,
+                utterances=len(corpus), hours=round(corpus.hours, 4))
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     made = dict(device=device, threads=torch.get_num_threads(), processes=run.ranks.world, torch=torch.__version__)
-    return dict(data=data, targets=targets_hash(run.objective, run.items), precision=run.precision, batches_per_step=run.batches_per_step,
-                stages=run.stages, watched=run.watched_split, made=made)
+    return dict(data=data, targets=targets_hash(run.objective, run.items), precision=run.precision,
+                batches_per_step=run.batches_per_step, stages=run.stages, watched=run.watched_split, made=made)
 
 
 def same_run(record: dict, now: dict, folder: Path):
@@ -114,18 +118,23 @@ def same_run(record: dict, now: dict, folder: Path):
     try:
         was, is_now = record["data"], now["data"]
         if was["sounds"] != is_now["sounds"]:
-            counts = f"{was['utterances']} clips, {was['hours']:.2f} h, then; {is_now['utterances']} clips, {is_now['hours']:.2f} h, now"
-            raise EsslError(f"The run in {folder} was begun on other data ({counts}): sounds, splits or voices of {is_now['name']!r} have changed. Restore the data, or start anew in another folder.")
+            then, here = (f"{d['utterances']} clips, {d['hours']:.2f} h" for d in (was, is_now))
+            raise EsslError(f"The run in {folder} was begun on other data ({then}, then; {here}, now): sounds, splits or voices of "
+                            f"{is_now['name']!r} have changed. Restore the data, or start anew in another folder.")
         if record["targets"] != now["targets"]:
-            raise EsslError(f"The targets of the run in {folder} come out differently now, though the sounds are the same: the code that makes them, a library or the processor has changed. "
-                            "Go on with what the run was begun with (or its cache, $ESSL_CACHE/targets and features), or start anew in another folder.")
+            raise EsslError(f"The targets of the run in {folder} come out differently now, though the sounds are the same: the code that "
+                            "makes them, a library or the processor has changed. Go on with what the run was begun with (or its cache, "
+                            "$ESSL_CACHE/targets and features), or start anew in another folder.")
         if record["batches_per_step"] != now["batches_per_step"]:
-            raise EsslError(f"The run in {folder} takes {record['batches_per_step']} batches a step; with {now['made']['processes']} processes it would be {now['batches_per_step']}. Start as many processes as divide the first number.")
+            raise EsslError(f"The run in {folder} takes {record['batches_per_step']} batches a step; with {now['made']['processes']} "
+                            f"processes it would be {now['batches_per_step']}. Start as many processes as divide the first number.")
         changed = [f"{k} {record['made'][k]} → {now['made'][k]}" for k in now["made"] if record["made"][k] != now["made"][k]]
     except (KeyError, TypeError) as e:
-        raise EsslError(f"{folder / 'run.json'} is not the record of a pre-training run (it lacks {e}); choose another folder.") from e
+        raise EsslError(f"{folder / 'run.json'} is not the record of a pre-training run (it lacks {e}); "
+                        "choose another folder.") from e
     if changed:
-        print(f"The run goes on elsewhere than it began ({', '.join(changed)}): equal up to rounding, no longer bit for bit.")
+        print(f"The run goes on elsewhere than it began ({', '.join(changed)}): "
+              "equal up to rounding, no longer bit for bit.")
 
 # %% ../../nbs/train/108_folder.ipynb #8f77fea5
 def precision_for(config: PretrainConfig, folder: Path, device: torch.device) -> str: # fp32 or bf16
@@ -148,7 +157,8 @@ def enter(run: Run, corpus, folder: Path) -> list: # the stages of the run
         run.stages = record["stages"]
     else:
         if saved:
-            print(f"{folder} was begun by an older version, which did not write down its data; the present data are taken for it.")
+            print(f"{folder} was begun by an older version, which did not write down its data; "
+                  "the present data are taken for it.")
         write_json(folder / "run.json", now)
     return run.stages
 
@@ -175,7 +185,8 @@ def restore_state(run: Run, folder: Path):
         restore_optimiser(run.optimiser, pick("optim"))
         run.step = int(tensors["step"])
     except (EsslError, RuntimeError, KeyError, ValueError) as e:
-        raise EsslError(f"{path} is not a state of this run ({str(e).splitlines()[0]}); remove it to begin again at step 0, or put back a copy.") from e
+        why = str(e).splitlines()[0]
+        raise EsslError(f"{path} is not a state of this run ({why}); remove it to begin again at step 0, or put back a copy.") from e
     heard = run.step * run.batches_per_step * round(run.config.batch_seconds * 100)  # of a state that an older version wrote
     run.skipped, run.frames = int(tensors.get("skipped", 0)), int(tensors.get("frames", heard))
     run.good = (run.step, run.skipped, run.frames)
@@ -215,6 +226,8 @@ def finish(run: Run, folder: Path, health: dict, stopped: str | None, made: dict
     save_whole(run.encoder.eval(), folder / "encoder")
     rows, _ = read_lines(folder / "metrics.jsonl")
     shares = [r["masked_share"] for r in rows if r.get("masked_share") is not None]
-    value = dict(steps=run.step, stopped=stopped, skipped=run.skipped, hours=run.hours(), epochs=run.epochs(), stages=run.stages,
-                 masked_share=sum(shares) / max(len(shares), 1), health=health, weights=weights_hash(run.encoder), parameters=run.encoder.parameter_count())
-    write_json(folder / "result.json", dict(value=value, made=dict(made, threads=torch.get_num_threads(), precision=run.precision)))
+    value = dict(steps=run.step, stopped=stopped, skipped=run.skipped, hours=run.hours(), epochs=run.epochs(),
+                 stages=run.stages, masked_share=sum(shares) / max(len(shares), 1), health=health,
+                 weights=weights_hash(run.encoder), parameters=run.encoder.parameter_count())
+    made = dict(made, threads=torch.get_num_threads(), precision=run.precision)
+    write_json(folder / "result.json", dict(value=value, made=made))

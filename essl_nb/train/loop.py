@@ -57,7 +57,8 @@ def bar_for(run: Run, progress: bool):
 def in_a_line(run: Run, row: dict) -> str:
     "What stands beside the bar."
     skipped = f", {run.skipped} steps skipped" if run.skipped else ""
-    return f"loss {row['loss']:.2f}, masked accuracy {row.get('masked_accuracy', math.nan):.3f}, {run.hours():.2f} h of audio, {run.epochs():.1f} epochs{skipped}"
+    heard = f"{run.hours():.2f} h of audio, {run.epochs():.1f} epochs"
+    return f"loss {row['loss']:.2f}, masked accuracy {row.get('masked_accuracy', math.nan):.3f}, {heard}{skipped}"
 
 # %% ../../nbs/train/61_loop.ipynb #82123e75
 PATIENCE = 10  # steps in a row that may be skipped
@@ -67,8 +68,9 @@ def not_finite(run: Run, patience: int = PATIENCE) -> str | None: # the reason i
     "Why a run should stop that skips one step after the other."
     if (streak := run.step - run.good[0]) < patience:
         return None
-    return (f"{streak} steps in a row gave a loss or a gradient that is not finite (from step {run.good[0] + 1} on); the state of step {run.good[0]} is kept. "
-            "Lower the learning rate or train in float32; if something outside was at fault, the same command goes on from there")
+    return (f"{streak} steps in a row gave a loss or a gradient that is not finite (from step {run.good[0] + 1} on); "
+            f"the state of step {run.good[0]} is kept. Lower the learning rate or train in float32; "
+            "if something outside was at fault, the same command goes on from there")
 
 
 def look(run: Run) -> tuple: # health, a reason to stop or None; the same in every process
@@ -89,7 +91,8 @@ def prepare(config: PretrainConfig, folder: Path, corpus: Corpus | None, progres
         precision = precision_for(config, folder, ranks.device)
         run = build(precision)
         if run.watched_split != "valid":
-            print(f"{corpus.name!r} has no utterance in its valid split: the numbers called valid_… are of clips that the run learns from.")
+            print(f"{corpus.name!r} has no utterance in its valid split: "
+                  "the numbers called valid_… are of clips that the run learns from.")
         return [precision, enter(run, corpus, folder)]
 
     precision, stages = ranks.first(lead)
@@ -116,14 +119,25 @@ class Saver:
         "Save; every process learns whether it could be."
         self.at = time.monotonic()
         saved = self.run.ranks.first(lambda: save_state(self.run, self.folder))
-        return None if saved else f"a weight is not finite at step {self.run.step}; the state that was saved before is kept. Lower the learning rate"
+        bad = f"a weight is not finite at step {self.run.step}; the state that was saved before is kept. Lower the learning rate"
+        return None if saved else bad
 
     def due(self) -> bool:
         "Whether the minutes are over."
         return self.minutes is not None and time.monotonic() - self.at >= 60 * self.minutes
 
 # %% ../../nbs/train/61_loop.ipynb #2cc339b6
-def train(run: Run, folder: Path, board, stop, saver: Saver, *, log_every: int, watch_every: int, progress: bool) -> tuple: # health, why it ended early, signal
+def train(
+    run: Run,
+    folder: Path,
+    board, # a TensorBoard writer or None
+    stop, # from `noticing_stops`
+    saver: Saver,
+    *,
+    log_every: int, # steps
+    watch_every: int, # steps
+    progress: bool, # show a bar
+) -> tuple: # health, why it ended early or None, the signal that stopped it or 0
     "Step after step, to the last one, a collapse, or the wish to stop."
     stopped, health, asked, steps = None, None, 0, run.stages[-1]
     with closing(bar_for(run, progress)) as bar:

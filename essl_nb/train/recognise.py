@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.command import numbers
 from ..core.config import content_hash, derive_seed
-from ..core.files import append_line, read_lines
+from ..core.files import append_line, locked, read_lines
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, turned, turning, zero_pads
 from ..data.corpus import load_corpus
@@ -170,20 +170,20 @@ def recognition_rows(
     progress: bool = True,
     **kw, # of `recognise`
 ) -> int: # rows added
-    "Train recognisers one after the other and append their rows as they come."
+    "Train recognisers one after the other and append their rows as they come. Raises EsslError where another process is at it."
     path, added = Path(path), 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = {r["key"] for r in read_lines(path)[0]} if path.exists() else set()
-    data = load_corpus(corpus)
-    for seed in seeds:
-        for cell in cells:
-            what = dict(cell=cell, seed=seed, corpus=corpus, **kw)
-            if (key := content_hash(what)) in held:
-                continue
-            found = recognise(data, cell, seed=seed, progress=progress, **kw)
-            append_line(path, dict(key=key, what=what, value=found, made=dict(machine=machine_record(), versions=library_versions(), threads=torch.get_num_threads())))
-            added += 1
-            print(f"{cell}, seed {seed}: {found['cer']:.1%} of letters wrong [{found['low']:.1%}, {found['high']:.1%}], {found['epoch_seconds']:.1f} s an epoch")
+    with locked(path.with_suffix(".work"), wait=False):  # two at once would make every row twice
+        held = {r["key"] for r in read_lines(path)[0]} if path.exists() else set()
+        data = load_corpus(corpus)
+        for seed in seeds:
+            for cell in cells:
+                what = dict(cell=cell, seed=seed, corpus=corpus, **kw)
+                if (key := content_hash(what)) in held:
+                    continue
+                found = recognise(data, cell, seed=seed, progress=progress, **kw)
+                append_line(path, dict(key=key, what=what, value=found, made=dict(machine=machine_record(), versions=library_versions(), threads=torch.get_num_threads())))
+                added += 1
+                print(f"{cell}, seed {seed}: {found['cer']:.1%} of letters wrong [{found['low']:.1%}, {found['high']:.1%}], {found['epoch_seconds']:.1f} s an epoch")
     return added
 
 
