@@ -12,7 +12,7 @@ __all__ = ['SUFFIXES', 'FOREIGN', 'MIN_SECONDS', 'MAX_SECONDS', 'SILENT_PEAK', '
 import hashlib
 import math
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -299,8 +299,10 @@ def log_mel(
     B, N = wav.shape
     lengths = torch.full((B,), N, device=wav.device) if lengths is None else lengths
     filters = mel_filters(spec).to(wav.device) if filters is None else filters
-    half = spec.n_fft // 2
-    with torch.autocast(wav.device.type, enabled=False):
+    if B == 0:
+        return torch.zeros(0, N // spec.hop, spec.n_mels, dtype=torch.float32, device=wav.device), lengths // spec.hop
+    half, kind = spec.n_fft // 2, wav.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         x = zero_pads(wav.float(), lengths_to_mask(lengths, N))
         window = torch.hann_window(spec.win, dtype=torch.float32, device=wav.device)
         X = torch.stft(F.pad(x, (half, half)), spec.n_fft, spec.hop, spec.win, window, center=False, return_complex=True)

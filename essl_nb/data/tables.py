@@ -91,7 +91,7 @@ def read_table(
                 raise EsslError(f"{path}, line {line}: a text in quotation marks goes on over {inner[:60]!r}; close it with a second mark, and write a mark inside it twice.")
             if len(cells) > len(columns) and any(c.strip() for c in cells[len(columns):]):
                 raise EsslError(f"{path}, line {line}: {len(cells)} cells under a header of {len(columns)}; put a text that has {mark!r} in it in quotation marks.")
-            row = Row(zip(columns, cells))
+            row = Row({**dict.fromkeys(columns, ""), **dict(zip(columns, cells))})
             row.line = line
             rows.append(row)
     except csv.Error as e:
