@@ -348,9 +348,10 @@ def read_layers(source: Source, utterances: list, spans, keep, progress) -> Fram
     bar = tqdm(total=round(sum(seconds)), desc="reading layers", unit="s", disable=not progress, leave=False)
     for batch in duration_batches([source.raw_length(u) for u in some], int(source.batch_seconds * source.rate)):
         names = [some[i].id for i in batch]
-        layers, lengths = source.layers([source.raw(some[i]) for i in batch], [spans[id] for id in names] if spans else None, names[0], names)
-        if lengths.tolist() != [full[id] for id in names]:
-            raise EsslError(f"The encoder gave {lengths.tolist()} frames where its front end announced {[full[id] for id in names]}; mend its `out_lengths`.")
+        hidden = [spans[id] for id in names] if spans else None
+        layers, lengths = source.layers([source.raw(some[i]) for i in batch], hidden, names[0], names)
+        if lengths.tolist() != (wanted := [full[id] for id in names]):
+            raise EsslError(f"The encoder gave {lengths.tolist()} frames where its front end announced {wanted}; mend its `out_lengths`.")
         if data is None:
             data = torch.empty(max(end for _, end in bounds.values()), *layers.shape[2:], dtype=torch.float16)
         if data.dtype == torch.float16 and float(layers.abs().max()) > torch.finfo(torch.float16).max:
@@ -400,8 +401,8 @@ def pooled(
     for i in tqdm(range(0, len(pieces), size), desc="reading crops", unit="batch", disable=not progress, leave=False):
         part = pieces[i : i + size]
         if source.is_baseline:
-            window = source.encoder.window
-            mel = torch.nn.functional.pad(source.normal(torch.stack([source.mel(p) for p in part])), (0, 0, int(window.max()), int(window.max())))
+            window, room = source.encoder.window, int(source.encoder.window.max())
+            mel = torch.nn.functional.pad(source.normal(torch.stack([source.mel(p) for p in part])), (0, 0, room, room))
             check_frames(mel, torch.full((len(part),), mel.shape[1]), [p.whole.id for p in part])
             seen = mel.unfold(1, len(window), 1)[:, :: source.stride] # (B,T,80,W)
             out.append(seen.transpose(2, 3).flatten(2).mean(1)[:, None])

@@ -74,7 +74,8 @@ def hidden_score(
     labels = [label(train), label(score)]
     for which, of in zip(("train", job.split), labels):
         if not any(bool((known >= 0).any()) for known in of.values()):
-            raise EsslError(f"No frame of the split {which!r} bears a label that the probe {job.probe!r} asks about; give utterances that do.")
+            raise EsslError(f"No frame of the split {which!r} bears a label that the probe {job.probe!r} asks about; "
+                "give utterances that do.")
     frames, known, _ = asked_frames(job, train, labels[0], **how)
     model = train_head(frames, known, len(classes), head=job.head, steps=steps, lr=lr, batch=batch, seed=job.seed,
         device=job.source.device, progress=job.progress, name=name)
@@ -82,7 +83,9 @@ def hidden_score(
     frames, known, hidden = asked_frames(job, score, labels[1], **how)
     right = by_utterance(frames, posteriors(model, frames).argmax(-1) == known)
     asked = torch.bincount(known, minlength=len(classes))
-    settings |= dict(never_learnt=[classes[i] for i in ((asked > 0) & (learnt == 0)).nonzero().flatten().tolist()]) if bool(((asked > 0) & (learnt == 0)).any()) else {}
+    chance = float(asked[learnt.argmax()]) / max(1, len(known))
+    if never := [classes[i] for i in ((asked > 0) & (learnt == 0)).nonzero().flatten().tolist()]:
+        settings["never_learnt"] = never
     return job.score("accuracy", [[int(r.sum()), len(r)] for r in right], [u.id for u in score], len(known), classes=len(classes),
         span_ms=span_ms, share=share, hidden_share=round(hidden, 4), steps=steps, train_utterances=len(train),
-        layer_weights=[round(w, 4) for w in model.mix.softmax(0).tolist()], chance=round(float(asked[learnt.argmax()] / max(1, len(known))), 4), **settings)
+        layer_weights=[round(w, 4) for w in model.mix.softmax(0).tolist()], chance=round(chance, 4), **settings)

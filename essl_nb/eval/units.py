@@ -111,7 +111,8 @@ def rank_of(
     return dict(rankme=round(rankme(last), 2), effective_rank=round(effective_rank(last), 2), dim=last.shape[1], rank_frames=len(last))
 
 # %% ../../nbs/eval/116_units.ipynb #ec40ff8c
-@probes.register("units", needs="sound", labels=("1h", "10min", "all"), heads=("linear", "mlp"), metric="accuracy", better="higher", beside=True)
+@probes.register("units", needs="sound", labels=("1h", "10min", "all"), heads=("linear", "mlp"), metric="accuracy", better="higher",
+    beside=True)
 def units(
     job, # what to probe
     clusters: int = 100, # units to tell apart
@@ -128,7 +129,8 @@ def units(
     features, read = job.source.features, lambda split: in_pieces(job.source.features, in_split(job.corpus, split), piece_seconds)
     train, score = few_labels(read("train"), job.labels), few_labels(read(job.split), "all" if job.labels == "all" else "1h")
     if len(score) < 2:
-        raise EsslError(f"The split {job.split!r} is one recording of less than {piece_seconds:g} s, and an interval needs two; give more recordings, or another split.")
+        raise EsslError(f"The split {job.split!r} is one recording of less than {piece_seconds:g} s, and an interval needs two; "
+            "give more recordings, or another split.")
     model = fit_units(features, list(dict.fromkeys((u.whole if isinstance(u, Piece) else u).id for u in train)), clusters=clusters, seed=0)
     recordings = len({(u.whole if isinstance(u, Piece) else u).id for u in score})
     return hidden_score(job, train, score, lambda us: unit_labels(job, model, us), [str(k) for k in range(clusters)], span_ms=span_ms,
