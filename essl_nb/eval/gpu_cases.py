@@ -83,7 +83,7 @@ def contestants(case: dict, device: str) -> dict: # name → (builder of a modul
         found[name] = (build, torch.float32, low)
     return {name: how for name, how in found.items() if name not in case.get("without", ())}
 
-
+# %% ../../nbs/eval/128_gpu_cases.ipynb #be5cb0d1
 class RecurrentCase:
     "Recurrent layers of one width and batch, interleaved; points are durations and passes."
 
