@@ -114,7 +114,7 @@ def test_flags_take_no_value():
     assert command.essl_cost.parse(["--quick", NAME]) == command.essl_cost.parse([NAME, "--quick"])
 
 
-@pytest.mark.parametrize("error, status", [(EsslError("x"), 2), (KeyboardInterrupt(), 130), (command.Terminated(), 143), (PermissionError(13, "Permission denied", "there"), 2), (None, 0)])
+@pytest.mark.parametrize("error, status", [(EsslError("x"), 2), (KeyboardInterrupt(), 130), (command.StoppedBySignal(signal.SIGTERM, "x"), 143), (PermissionError(13, "Permission denied", "there"), 2), (None, 0)])
 def test_one_status_for_one_kind_of_end(error, status, capsys):
     def work():
         if error:

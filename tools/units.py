@@ -33,7 +33,7 @@ def masked_phones_of(study: Path) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", type=Path, default=ROOT / "results" / "small")
-    parser.add_argument("--every", type=int, default=3, help="take every so-manieth encoder, in the order of the names")
+    parser.add_argument("--every", type=int, default=3, help="take one encoder in so many, in the order of the names")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "units.jsonl")
     args = parser.parse_args()
     warnings.simplefilter("ignore")

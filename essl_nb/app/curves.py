@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CURVE_PICKS', 'POINT', 'FIRST_QUANTITY', 'CurvesFile', 'narrow_curves', 'curves_finding', 'curves_caption',
-           'curves_message', 'curves_table', 'curves_part', 'mixer_of', 'wire_curves']
+           'curves_message', 'curves_table', 'curves_part', 'second_of', 'mixer_of', 'wire_curves']
 
 # %% ../../nbs/app/97_curves.ipynb #ed4f587c
 import html
 import json
 import time
+import traceback
 from pathlib import Path
 from threading import Lock
 
@@ -17,7 +18,7 @@ import pandas as pd
 
 from .figures import CURVES_HTML
 from .page import message, starter
-from .shelf import Studies, plain_words
+from .shelf import Studies, folder_code, plain_words, typed_here
 from ..core.registry import EsslError
 from ..eval.cost import baseline_mixer
 from ..eval.curves import ALWAYS, FRAMES, NEVER, crossover, exponents, load_curves
@@ -33,8 +34,17 @@ class CurvesFile:
     @property
     def told(self) -> str:
         "The folder as one would type it here."
-        here, folder = Path.cwd(), self.folder.absolute()
-        return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+        return typed_here(self.folder)
+
+    @property
+    def code(self) -> str:
+        "The folder as an expression of Python; `imports` is what it needs."
+        return folder_code(self.folder)[1]
+
+    @property
+    def imports(self) -> str:
+        "A line of Python, or nothing."
+        return folder_code(self.folder)[0]
 
     def read(self) -> tuple: # (curves, exponents, crossovers)
         "Everything that was measured."
@@ -95,9 +105,12 @@ def curves_message(file: CurvesFile, wanted: dict, mixer: str | None) -> tuple: 
     point, chosen = {k: values[p] for k, p in zip(("width", "batch", "which"), POINT)}, mixer if mixer in set(curves.mixer) else None
     fig = curve_figure(curves, quantity, **point, chosen=chosen)
     told = ", ".join(f"{k}={json.dumps(v)}" for k, v in point.items())
-    lines = f'curves = load_curves("{file.told}")\ncrossover(curves), exponents(curves)\ncurve_figure(curves, "{quantity}", {told})'
-    kept = ["mixer", "family", *POINT, "seconds", "time_s", "time_s_low", "time_s_high", "ratio", "ratio_low", "ratio_high", "peak_bytes", "peak_ratio", "macs", "rounds", "level"]
-    csv = curves[[k for k in kept if k in curves]].to_csv(index=False)
+    told += f", chosen={chosen!r}" if chosen else ""
+    lines = (f"from essl_nb.eval.curves import crossover, exponents, load_curves\nfrom essl_nb.viz.curves import curve_figure\n{file.imports}\n"
+             f"curves = load_curves({file.code})\ncrossover(curves), exponents(curves)\ncurve_figure(curves, {quantity!r}, {told})")
+    kept = {k: k for k in ("mixer", "family", *POINT)} | {"seconds": "duration_s", "time_s": "time_s", "time_s_low": "time_low_s", "time_s_high": "time_high_s", "ratio": "time_attention_1", "ratio_low": "time_low_attention_1",
+            "ratio_high": "time_high_attention_1", "peak_bytes": "peak_bytes", "peak_ratio": "peak_attention_1", "macs": "multiply_accumulates", "rounds": "n_rounds", "level": "level"}
+    csv = curves[[k for k in kept if k in curves]].rename(columns=kept).to_csv(index=False)
     hint = "The buttons above switch families off and on."
     return message(dict(figure=json.loads(fig.to_json()), finding=curves_finding(curves, quantity, mixer), caption=curves_caption(curves, quantity), code=lines, csv=csv, hint=hint, stamp=time.time_ns())), choices, values
 
@@ -133,17 +146,22 @@ def curves_part() -> dict: # name -> component
     return c
 
 
+def second_of(c: dict) -> list: # of components
+    "What a drawing of the curves changes."
+    return [c["row"], *[c[p] for p in CURVE_PICKS], c["view"]]
+
+
 def mixer_of(studies: Studies, study: str | None, encoder: str | None) -> str | None:
     "The mixer of a study's encoder."
     try:
-        rows = studies.get(study).rows()
+        rows = studies.get(study).rows() if encoder else None
     except EsslError:
         return None
     found = rows[rows.encoder == encoder].mixer if encoder else []
     return found.iloc[0] if len(found) else None
 
 
-def wire_curves(events, studies: Studies, file: CurvesFile, compare: dict, c: dict): # a function that takes one more event
+def wire_curves(events, studies: Studies, file: CurvesFile, compare: dict, c: dict): # a function that takes one more event, and the drawing itself
     "Draw the curves after these events, and after a choice of their own."
     import gradio as gr
 
@@ -153,11 +171,16 @@ def wire_curves(events, studies: Studies, file: CurvesFile, compare: dict, c: di
         try:
             value, choices, now = curves_message(file, dict(zip(CURVE_PICKS, values)), mixer_of(studies, study, encoder))
         except EsslError as e:
-            return gr.Row(visible=False), *[gr.skip()] * len(picks), message(dict(finding=str(e), caption="", code="", stamp=time.time_ns()))
-        return gr.Row(visible=True), *[gr.Dropdown(choices=choices[p], value=now[p]) for p in CURVE_PICKS], value
+            said = str(e)
+        except Exception as e:  # whatever stands in a file of somebody's
+            traceback.print_exc()
+            said = f"The curves could not be drawn: {type(e).__name__}: {e}."
+        else:
+            return gr.Row(visible=True), *[gr.Dropdown(choices=choices[p], value=now[p]) for p in CURVE_PICKS], value
+        return gr.Row(visible=False), *[gr.skip()] * len(picks), message(dict(finding=said, caption="", code="", stamp=time.time_ns()))
 
-    asked, answers = [compare["study"], compare["chosen"], *picks], [c["row"], *picks, c["view"]]
+    asked, answers = [compare["study"], compare["chosen"], *picks], second_of(c)
     after = lambda event: event(draw, asked, answers, trigger_mode="always_last", **quiet)
     for event in [*events, *(pick.input for pick in picks)]:
         after(event)
-    return after
+    return after, draw

@@ -108,8 +108,8 @@ E.apart = (wish, gap) => {
 E.endLabels = div => {
   const l = div._fullLayout, x = l.xaxis, y = l.yaxis, at = (a, v) => a.d2p ? a.d2p(v) : a.l2p(v), small = div.clientWidth < 560, gap = small ? 12 : 14;
   const isCeiling = t => t.meta && t.meta.role === 'ceiling';
-  const names = new Set(div.data.filter(t => E.isCurve(t) || isCeiling(t)).map(t => t.name)), ink = E.dark() ? '#e6e6e6' : '#222', grey = E.dark() ? '#b0b0b0' : '#555';
-  const notes = (div.layout.annotations || []).filter(n => n.name !== 'end' && !names.has(n.text));
+  const ink = E.dark() ? '#e6e6e6' : '#222', grey = E.dark() ? '#b0b0b0' : '#555';
+  const notes = (div.layout.annotations || []).filter(n => n.name !== 'end');
   const drawn = div._fullData.filter(t => t.visible === true && (isCeiling(t) || E.isCurve(t) && (!small || t.line.width > 2))).map(t => ({t, sx: t.x[t.x.length - 1], sy: t.y[t.y.length - 1]}));
   const wish = drawn.map(d => at(y, d.sy)), placed = E.apart(wish, gap), order = placed.map((_, i) => i).sort((i, j) => placed[i] - placed[j]);
   let edge = y._length - 6;
@@ -127,20 +127,20 @@ E.endLabels = div => {
 
 # %% ../../nbs/app/98_figures.ipynb #6d200cb3
 VIEWS = r"""
-E.figureView = (name, element, props, watch, file, toggles) => {
+E.figureView = (name, element, props, watch, file, toggles, again) => {
   const find = s => element.querySelector(s), panel = find('.essl-panel'), finding = find('.essl-finding'), caption = find('.essl-caption');
-  const view = E.views[name] = {root: find('.essl-view'), busy: find('.essl-busy'), div: E.make('div', 'essl-plot'), key: E.make('ul', 'essl-key'), without: new Set()};
+  const view = E.views[name] = {root: find('.essl-view'), busy: find('.essl-busy'), div: E.make('div', 'essl-plot'), key: E.make('ul', 'essl-key'), without: new Set(), again};
   view.div.setAttribute('role', 'img'); view.div.without = view.without;
   view.key.setAttribute('aria-label', toggles ? 'Families; press to hide or show' : 'Families');
   finding.after(view.key, view.div);
   const code = E.tools(panel, () => view.payload.csv, () => file), tools = panel.querySelector('.essl-tools');
   E.watchRoom(view.div);
-  const again = () => E.paint(view.div, view.div.figure);
-  view.div.addEventListener('painted', () => E.key(view.key, (view.div.figure.layout.meta || {}).families || [], view.without, toggles && again));
+  const redraw = () => E.paint(view.div, view.div.figure);
+  view.div.addEventListener('painted', () => E.key(view.key, (view.div.figure.layout.meta || {}).families || [], view.without, toggles && redraw));
   const show = async () => {
     if (!props.value) return;
     const d = view.payload = JSON.parse(props.value);
-    view.root.classList.remove('waiting'); view.busy.textContent = d.note || '';
+    E.answered(view, d.note);
     finding.textContent = d.finding; caption.textContent = d.caption; code(d.code);
     view.div.hidden = tools.hidden = view.key.hidden = !d.figure;
     if (d.figure) {
@@ -151,16 +151,17 @@ E.figureView = (name, element, props, watch, file, toggles) => {
     view.root.dataset.shown = d.stamp;
   };
   watch('value', show); show();
+  if (!props.value) E.watch(view);
   return view;
 };
 E.compare = (element, props, trigger, watch) => {
-  const view = E.figureView('compare', element, props, watch, 'accuracy-against-cost.csv', false);
+  const view = E.figureView('compare', element, props, watch, 'accuracy-against-cost.csv', false, () => trigger('again'));
   view.first = () => {
     view.div.on('plotly_click', e => { const p = e.points.find(p => p.data.meta && p.data.meta.role === 'point'); if (p) trigger('pick', {label: p.customdata}); });
     view.div.on('plotly_clickannotation', e => { if (e.annotation.name === 'label') trigger('pick', {label: e.annotation.label}); });
   };
 };
-E.curves = (element, props, trigger, watch) => { E.figureView('curves', element, props, watch, 'cost-against-duration.csv', true); };
+E.curves = (element, props, trigger, watch) => { E.figureView('curves', element, props, watch, 'cost-against-duration.csv', true, () => E.views.compare.again()); };
 """
 FIGURES = KEY + LABELS + ENDS + VIEWS
 FIGURE_HTML = """<section class="essl-view" aria-label="{name}"><p class="essl-busy" role="status">{busy}</p>

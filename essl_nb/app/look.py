@@ -97,7 +97,8 @@ FIGURES = """
 .essl-key button {gap: 6px;}
 .essl-shape {display: inline-flex;}
 .essl-key button[aria-pressed=false] {opacity: .5; text-decoration: line-through; border-style: dashed;}
-.essl-view.waiting .essl-panels, .essl-view.waiting .essl-plot {opacity: .45; transition: opacity .2s .15s;}
+.essl-view.waiting .essl-panels, .essl-view.waiting .essl-plot, .essl-view.stale .essl-panels, .essl-view.stale .essl-plot {opacity: .45; transition: opacity .2s .15s;}
+.essl-busy .essl-button {margin-left: 8px;}
 """
 
 # %% ../../nbs/app/93_look.ipynb #987219f1

@@ -45,7 +45,36 @@ E.busy = (name, text) => {
   const view = E.views[name];
   if (!view) return;
   view.root.classList.add('waiting'); view.busy.textContent = text;
+  E.watch(view);
 };
+E.patience = 10000; // ms without an answer, after which the page says so
+E.watch = view => {
+  clearTimeout(view.timer);
+  view.timer = setTimeout(() => {
+    const again = E.make('button', 'essl-button', 'Try again', {type: 'button', onclick: () => view.payload ? (E.watch(view), view.again()) : location.reload()});
+    view.root.classList.remove('waiting'); view.root.classList.toggle('stale', !!view.payload);
+    view.busy.replaceChildren(`No answer for ${E.patience / 1000} s: many ask at once, or the explorer was stopped. It is shown when it comes. `, again);
+  }, E.patience);
+};
+E.answered = (view, note, dim) => {
+  clearTimeout(view.timer);
+  view.root.classList.remove('waiting'); view.root.classList.toggle('stale', !!dim);
+  view.busy.textContent = note || '';
+};
+E.known = name => (E.views[name] && E.views[name].payload || {}).key || '';
+E.most = 25e6; // bytes of one upload
+E.tooLarge = e => {
+  const files = e.dataTransfer ? e.dataTransfer.files : e.target.files, box = e.target.closest && e.target.closest('#own');
+  if (!box || !files || !files.length || files[0].size <= E.most) return;
+  e.stopImmediatePropagation(); e.preventDefault();
+  if (!e.dataTransfer) e.target.value = '';
+  const said = E.make('p', 'essl-fault', `${files[0].name} has ${(files[0].size / 1e6).toFixed(0)} MB, and this page takes up to 25. Cut it, or save it as mp3 or opus.`);
+  said.setAttribute('role', 'alert');
+  const old = document.querySelector('.essl-large');
+  if (old) old.remove();
+  said.classList.add('essl-large'); box.after(said);
+};
+for (const kind of ['change', 'drop']) document.addEventListener(kind, e => { const old = document.querySelector('.essl-large'); if (old) old.remove(); E.tooLarge(e); }, true);
 """
 
 # %% ../../nbs/app/94_page.ipynb #278b1c47
@@ -70,7 +99,7 @@ E.paint = (div, figure) => {
   layout.font = {...layout.font, color: ink, size: narrow ? 11 : 13};
   delete layout.title; layout.showlegend = false;
   for (const t of data) if (div.without && div.without.has(t.legendgroup)) t.visible = false;
-  if (layout.annotations) { const curves = new Set(data.filter(E.isCurve).map(t => t.name)); layout.annotations = layout.annotations.filter(a => a.name !== 'label' && !curves.has(a.text)); }
+  if (layout.annotations) layout.annotations = layout.annotations.filter(a => a.name !== 'label' && a.name !== 'end');
   layout.height -= layout.margin.t - 8;
   layout.margin.t = 8; layout.width = width;
   E.inkFor(data, layout, ink);
@@ -199,21 +228,21 @@ LISTEN = r"""
 E.listen = (element, props, trigger, watch) => {
   const find = s => element.querySelector(s);
   const view = E.views.listen = {root: find('.essl-view'), said: find('.essl-said'), about: find('.essl-about'), busy: find('.essl-busy'), slider: find('input'),
-    out: find('output'), button: find('.essl-play'), grid: find('.essl-panels'), frame: find('.essl-frame'), panels: [], audio: new Audio(), t: 0, pinned: false};
+    out: find('output'), button: find('.essl-play'), grid: find('.essl-panels'), frame: find('.essl-frame'), panels: [], audio: new Audio(), t: 0, pinned: false, again: () => trigger('again')};
   view.slider.addEventListener('input', () => E.setTime(view, +view.slider.value));
   view.button.addEventListener('click', () => E.play(view));
   for (const [when, word] of [['play', 'Pause'], ['pause', 'Play'], ['ended', 'Play']]) view.audio.addEventListener(when, () => { view.button.textContent = word; });
   const show = () => { if (props.value) E.showListen(view, JSON.parse(props.value)); };
   watch('value', show); show();
+  if (!props.value) E.watch(view);
 };
 E.showListen = async (view, d) => {
-  view.root.classList.remove('waiting');
-  view.busy.textContent = d.note || '';
+  E.answered(view, d.note, d.dim);
   if (d.keep) { view.root.dataset.shown = d.stamp; return; }
   view.said.textContent = d.said; view.about.textContent = d.about;
   const fresh = !view.payload || view.payload.sound !== d.sound || view.payload.start !== d.start;
   view.payload = d; view.frame.hidden = !d.panels.length;
-  if (d.audio) { view.audio.pause(); URL.revokeObjectURL(view.audio.src); view.audio.src = URL.createObjectURL(new Blob([E.bytes(d.audio)], {type: 'audio/wav'})); }
+  if (d.audio && (fresh || !view.audio.src)) { view.audio.pause(); URL.revokeObjectURL(view.audio.src); view.audio.src = URL.createObjectURL(new Blob([E.bytes(d.audio)], {type: 'audio/wav'})); }
   while (view.panels.length < d.panels.length) { const p = E.panel(view); view.panels.push(p); view.grid.append(p.root); }
   view.grid.classList.toggle('two', d.panels.length > 1);
   view.panels.forEach((p, i) => { p.root.hidden = i >= d.panels.length; });
@@ -244,8 +273,8 @@ def head() -> str: # HTML for the page's head
 
 
 def starter(view: str) -> str: # JavaScript for a component's `js_on_load`
-    "Start a view as soon as the scripts of the head are there. The quoted 'pick' tells Gradio of the event."
-    return f"/* 'pick' */ const begin = () => (window.essl && window.Plotly) ? essl.{view}(element, props, trigger, watch) : setTimeout(begin, 30); begin();"
+    "Start a view as soon as the scripts of the head are there. The quoted words tell Gradio of the events."
+    return f"/* 'pick' 'again' */ const begin = () => (window.essl && window.Plotly) ? essl.{view}(element, props, trigger, watch) : setTimeout(begin, 30); begin();"
 
 # %% ../../nbs/app/94_page.ipynb #1d3cc329
 LISTEN_HTML = """<section class="essl-view" aria-label="Mixing map">

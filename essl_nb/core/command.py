@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'essl_explore', 'essl_pretrain', 'essl_probe', 'essl_cost', 'essl_curves', 'essl_study', 'essl_ligru_bench',
-           'essl_recognise', 'comments', 'signature', 'fields_of', 'add_option', 'normal', 'refusal', 'Terminated',
-           'on_sigterm', 'place_error', 'status_of', 'numbers', 'Command']
+           'essl_recognise', 'comments', 'signature', 'fields_of', 'add_option', 'normal', 'refusal', 'place_error',
+           'status_of', 'numbers', 'Command']
 
 # %% ../../nbs/core/119_command.ipynb #d6070bbf
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import essl_nb
 from .registry import EsslError
+from .stop import StoppedBySignal, unwind
 
 # %% ../../nbs/core/119_command.ipynb #9e2a200f
 WORDS = {"str": str, "int": int, "float": float, "bool": bool, "Literal": typing.Literal}  # what may stand in a command's annotations
@@ -109,14 +110,6 @@ def refusal(parser, message: str) -> str: # one sentence
     return message + ("" if message.endswith(".") else ".")
 
 # %% ../../nbs/core/119_command.ipynb #e3d9a636
-class Terminated(KeyboardInterrupt):
-    "SIGTERM, as an exception: what Ctrl-C unwinds, it unwinds too."
-
-
-def on_sigterm(number, frame):
-    raise Terminated
-
-
 def place_error(e: OSError) -> bool:
     "Whether an error is about a place that the user named and not about the program."
     return bool(e.filename) and isinstance(e, (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError))
@@ -131,21 +124,21 @@ def status_of(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no ± shall not end a run
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, on_sigterm) if main else None
+    before = signal.signal(signal.SIGTERM, unwind) if main else None
     try:
         done = work()
         return done if isinstance(done, int) else 0
     except EsslError as e:
         print(f"{name}: {e}", file=sys.stderr)
         return 2
+    except StoppedBySignal as e:
+        print(f"{name}: stopped by {signal.Signals(e.code - 128).name}.", file=sys.stderr)
+        return e.code
     except SystemExit as e:
         if not isinstance(e.code, str):
             raise
         print(e.code, file=sys.stderr)  # a sentence in a status's place is a complaint
         return 2
-    except Terminated:
-        print(f"{name}: stopped by SIGTERM.", file=sys.stderr)
-        return 143
     except KeyboardInterrupt:
         print(f"{name}: stopped.", file=sys.stderr)
         return 130
@@ -241,9 +234,9 @@ class Command:
 # %% ../../nbs/core/119_command.ipynb #81e800ce
 essl_explore = Command("app.explorer:essl_explore")
 essl_pretrain = Command("train.launch:essl_pretrain", maybe=("mixer",), settings="train.config:PretrainConfig")
-essl_probe = Command("eval.probe:essl_probe")
-essl_cost = Command("eval.cost:essl_cost")
-essl_curves = Command("eval.curves:essl_curves")
+essl_probe = Command("eval.command:essl_probe")
+essl_cost = Command("eval.commands:essl_cost")
+essl_curves = Command("eval.commands:essl_curves")
 essl_study = Command("study.study:essl_study", maybe=("grid",))
 essl_ligru_bench = Command("ligru.bench:essl_ligru_bench")
 essl_recognise = Command("train.recognise:essl_recognise")

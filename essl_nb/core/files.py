@@ -34,6 +34,8 @@ def explain_write_error(
         return EsslError(f"The disk is full: {path} was not written and what stood there before is untouched. Free some space and run the same command again.")
     if number in (errno.EACCES, errno.EROFS, errno.EPERM):
         return EsslError(f"{path} cannot be written (no permission); choose a folder of your own.")
+    if number in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return EsslError(f"{path} cannot be written: a file stands where a folder should be, or a folder where the file should; choose another place.")
     return error
 
 # %% ../../nbs/core/03_files.ipynb #0a76fecf

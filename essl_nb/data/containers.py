@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CUT', 'MORE', 'DAMAGED', 'UNKNOWN', 'REVERSED', 'KILOBITS', 'BEGINNING', 'Stream', 'chunks', 'printable', 'chunked',
            'sun', 'sphere', 'ogg_crc', 'Page', 'ogg_pages', 'ogg', 'Frame', 'frame_at', 'side_bytes', 'first_frame',
-           'tag_end', 'mp3_frames', 'announced', 'info_frame', 'mp3', 'flac', 'flac_sum', 'streams_of']
+           'tag_end', 'announced', 'mp3_frames', 'info_frame', 'mp3', 'flac', 'flac_sum', 'without_tags', 'walk',
+           'streams_of']
 
 # %% ../../nbs/data/106_containers.ipynb #e795d586
 import io
@@ -71,6 +72,10 @@ def chunked(f, size: int, order: str, sound: bytes) -> list: # of Stream
         kind, channels, rate, speed, width, bits = struct.unpack("<HHIIHH", f.read(16))
         if kind in (1, 3) and (width not in (channels * -(-bits // 8), channels * 4 if bits == 24 else 0) or speed not in (0, rate * width)):
             raise EsslError(DAMAGED.format(f"its header contradicts itself ({channels} channels of {bits} bits at {rate} Hz in {width} bytes, {speed} a second)"))
+    if (next_file := next((place - 8 for name, place, _ in found[k + 1 :] if name == (b"RIFF" if order == "<" else b"FORM")), None)) is not None:
+        f.seek(next_file)
+        rest = chunked(io.BytesIO(f.read()), size - next_file, order, sound)
+        return [Stream(0, next_file), *(Stream(next_file + s.start, None if s.stop is None else next_file + s.stop, s.head) for s in rest)]
     _, start, length = found[k]
     proper = all(printable(name) for name, _, _ in found[k + 1 :]) and not (length and found[k + 1 :] and found[-1][1] + found[-1][2] > size + 1)
     if order == "<" and (length >= UNKNOWN or not length and size > start and not proper):
@@ -224,11 +229,24 @@ def tag_end(data: bytes, place: int) -> int:
     return place + 128 if data[place : place + 3] == b"TAG" else place
 
 
+def announced(
+    data: bytes,
+    frame: Frame,
+) -> int | None: # frames that follow; None where this frame is one of sound
+    "What a Xing or Info frame says, -1 where it says nothing of the number; VBRI likewise."
+    place = frame.place + 4 + side_bytes(frame)
+    if data[place : place + 4] in (b"Xing", b"Info"):
+        flags, count = struct.unpack(">II", data[place + 4 : place + 12])
+        return count if flags & 1 else -1
+    return struct.unpack(">I", data[frame.place + 50 : frame.place + 54])[0] if data[frame.place + 36 : frame.place + 40] == b"VBRI" else None
+
+
 def mp3_frames(data: bytes) -> tuple: # frames, bytes between them that are neither frames nor tags
     "Walk all frames of the kind of the first."
     place = tag_end(data, 0)
     frame = frame_at(data, place)
-    frame = frame if frame and frame_at(data, place + frame.length) else first_frame(data, place)
+    certain = frame and (frame_at(data, place + frame.length) or announced(data, frame) is not None)
+    frame = frame if certain else first_frame(data, place)  # a stream that was cut out of another begins within a frame
     frames, lost = [], 0
     while frame:
         frames.append(frame)
@@ -242,18 +260,6 @@ def mp3_frames(data: bytes) -> tuple: # frames, bytes between them that are neit
     return frames, lost
 
 # %% ../../nbs/data/106_containers.ipynb #4b7b6210
-def announced(
-    data: bytes,
-    frame: Frame,
-) -> int | None: # frames that follow; None where this frame is one of sound
-    "What a Xing or Info frame says, -1 where it says nothing of the number; VBRI likewise."
-    place = frame.place + 4 + side_bytes(frame)
-    if data[place : place + 4] in (b"Xing", b"Info"):
-        flags, count = struct.unpack(">II", data[place + 4 : place + 12])
-        return count if flags & 1 else -1
-    return struct.unpack(">I", data[frame.place + 50 : frame.place + 54])[0] if data[frame.place + 36 : frame.place + 40] == b"VBRI" else None
-
-
 def info_frame(data: bytes, frame: Frame, count: int) -> bytes:
     "An Info frame of the kind of `frame` that announces `count` frames."
     for bits in range(1, 15):
@@ -307,38 +313,62 @@ def flac_sum(
 ) -> tuple | None: # bits in a sample, the MD5 sum of all samples; None where the file does not say
     "What a stream announces of its samples (RFC 9639, section 8.2)."
     with open(path, "rb") as f:
-        f.seek(stream.start + tag_end(f.read(10), 0) if not stream.start else stream.start)
+        f.seek(stream.start)
         info = f.read(42)
     bits, told = (int.from_bytes(info[20:22], "big") >> 4 & 31) + 1, info[26:42]
     return (bits, told) if info[:4] == b"fLaC" and any(told) and bits in (8, 16, 24) else None
 
 # %% ../../nbs/data/106_containers.ipynb #70087300
+def without_tags(f) -> tuple: # first byte, end
+    "The stretch of a file between tags that players put before and behind any kind of sound (ID3, APE)."
+    size = f.seek(0, 2)
+    f.seek(0)
+    start = min(tag_end(f.read(10), 0), size)
+    f.seek(max(start, size - 160))
+    tail = f.read()
+    size -= 128 if tail[-128:-125] == b"TAG" else 0
+    tail = tail[: len(tail) - 128] if tail[-128:-125] == b"TAG" else tail
+    if tail[-32:-24] == b"APETAGEX":
+        length, _, flags = struct.unpack("<III", tail[-20:-8])
+        size -= length + (32 if flags & 1 << 31 else 0)
+    return (start, size) if start < size else (0, f.seek(0, 2))
+
+
+def walk(f, size: int, mp3_by_name: bool) -> list: # of Stream
+    "The streams of a file without tags, by the kind that its first bytes tell."
+    f.seek(0)
+    head = f.read(64)
+    f.seek(0)
+    if head[:4] == b"RIFF":
+        return chunked(f, size, "<", b"data")
+    if head[:4] == b"FORM":
+        return chunked(f, size, ">", b"SSND")
+    if head[:4] == b".snd":
+        return sun(f, size)
+    if head[:7] == b"NIST_1A":
+        return sphere(f, size)
+    if head[:4] == b"OggS":
+        return ogg(f.read())
+    if head[:4] == b"fLaC":
+        return flac(f, size)
+    return mp3(f.read()) if mp3_by_name or frame_at(head, 0) else [Stream()]
+
+
 def streams_of(
     path, # a sound file
 ) -> list: # of Stream, one for nearly every file
     "Walk the container. Raises EsslError where what it holds is not what it announces."
     path = Path(path)
-    with open(path, "rb") as f:
-        size = f.seek(0, 2)
-        f.seek(0)
-        head = f.read(64)
-        f.seek(0)
-        try:
-            if head[:4] in (b"RIFF", b"FORM"):
-                return chunked(f, size, *(("<", b"data") if head[:4] == b"RIFF" else (">", b"SSND")))
-            if head[:4] == b".snd":
-                return sun(f, size)
-            if head[:7] == b"NIST_1A":
-                return sphere(f, size)
-            if head[:4] == b"OggS":
-                return ogg(f.read())
-            if head[:4] == b"fLaC":
-                return flac(f, size)
-            if head[:3] == b"ID3" and (tag := tag_end(head, 0)) + 4 <= size and (f.seek(tag), f.read(4))[1] == b"fLaC":
-                return flac(f, size)
-            if path.suffix.lower() == ".mp3" or head[:3] == b"ID3" or frame_at(head, 0):
-                f.seek(0)
-                return mp3(f.read())
-        except EsslError as e:
-            raise EsslError(f"{path} {e}.") from None
-    return [Stream()]
+    try:
+        with open(path, "rb") as f:
+            start, stop = without_tags(f)
+            whole = (start, stop) == (0, f.seek(0, 2))
+            if not whole:
+                f.seek(start)
+                f = io.BytesIO(f.read(stop - start))
+            found = walk(f, stop - start, path.suffix.lower() == ".mp3")
+    except EsslError as e:
+        raise EsslError(f"{path} {e}.") from None
+    except (struct.error, IndexError, OverflowError) as e:
+        raise EsslError(f"{path} {DAMAGED.format(f'its headers cannot be followed ({e})')}.") from e
+    return found if whole else [Stream(start + s.start, stop if s.stop is None else start + s.stop, s.head) for s in found]

@@ -8,17 +8,16 @@ __all__ = ['read_value', 'read_options', 'beside', 'essl_probe']
 # %% ../../nbs/eval/117_command.ipynb #0b734629
 import json
 import re
-
-from fastcore.script import call_parse
+from typing import Literal
 
 from ..core.registry import EsslError
 
 # %% ../../nbs/eval/117_command.ipynb #3ddb02f0
 def read_value(text: str):
     "A number, a list, true, false or null where the text is one, else the text."
-    for form in (text, f"[{text}]"):
+    for read in (json.loads, float, lambda t: json.loads(f"[{t}]")):
         try:
-            return json.loads(form)
+            return read(text)
         except ValueError:
             pass
     return text
@@ -55,23 +54,25 @@ def beside(
     return lines
 
 # %% ../../nbs/eval/117_command.ipynb #3f05962f
-@call_parse
 def essl_probe(
     encoder: str, # The folder of a saved encoder, or a baseline: logmel, logmel:40, logmel:100 (milliseconds of context on each side)
-    probe: str = None, # The probe: masked_phones, phones, units, language, language_across, voice or finetune; by default masked_phones, or units for a corpus without phone labels
+    probe: str = "", # The probe: masked_phones, phones, units, language, language_across, voice or finetune; by default masked_phones, or units for a corpus without phone labels
     corpus: str = "bundled", # A corpus: bundled, or a folder of audio files with or without a manifest
-    head: str = None, # The head to train: linear or mlp (256 hidden units)
-    labels: str = None, # Training labels: all, 1h (about an hour of speech), 10min (about ten minutes), 10% or few, as the probe allows
-    split: str = "test", # The split to score: valid (for tuning) or test
+    head: str = "", # The head to train: linear (by default) or mlp (256 hidden units)
+    labels: str = "", # Training labels: all, 1h (about an hour of speech), 10min (about ten minutes), 10% or few, as the probe allows
+    split: Literal["test", "valid"] = "test", # The split to score; tune on valid, read test once
     seed: int = 0, # Seed of the head
     options: str = "", # The probe's own options with commas between, such as span_ms=400 (milliseconds), epochs=8, lr=0.001
-    baselines: bool = False, # Ask log-mel and the untrained encoder too, and print them beside the score; by default for units alone
-    no_baselines: bool = False, # Ask the encoder alone
+    baselines: bool = False, # Ask log-mel and the untrained encoder too, and print them beside the score; units does so by itself
+    no_baselines: bool = False, # Ask the encoder alone, units too
     device: str = "cpu", # Where the encoder runs: cpu or cuda
     out: str = "scores.jsonl", # The file to append the scores to, one JSON line a score
     threads: int = 1, # CPU threads
 ):
-    "Score an encoder with one probe; scores are shares with a 95 % bootstrap interval over utterances."
+    "Score an encoder with one probe; scores are shares with a 95 % bootstrap interval over utterances. Raises EsslError."
+    own = read_options(options)
+    if threads < 1:
+        raise EsslError(f"--threads {threads} was given; it takes a number from 1.")
     import torch
 
     from essl_nb.core.config import to_json
@@ -79,20 +80,17 @@ def essl_probe(
     from essl_nb.eval.probe import ask_baselines, default_probe, open_corpus, probes, run_probe
 
     torch.set_num_threads(threads)
-    try:
-        sound = open_corpus(corpus)
-        probe = probe or default_probe(sound)
-        kw = dict(head=head, labels=labels, split=split, seed=seed, device=device, **read_options(options))
-        score = run_probe(encoder, probe, sound, **kw)
-        for one in score.all():
-            print(one)
-            append_line(out, {"encoder": encoder, "corpus": corpus, **to_json(one)})
-        asked = (baselines or probes.get(probe).meta.get("beside", False)) and not no_baselines
-        rivals = ask_baselines(encoder, probe, sound, **kw) if asked else {}
-        for name, rival in rivals.items():
-            append_line(out, {"encoder": f"{encoder}: {name}", "corpus": corpus, **to_json(rival)})
-        for line in beside(score, rivals) if asked else ():
-            print(line)
-    except EsslError as e:
-        raise SystemExit(f"essl_probe: {e}") from None
+    sound = open_corpus(corpus)
+    probe = probe or default_probe(sound)
+    kw = dict(head=head or None, labels=labels or None, split=split, seed=seed, device=device, **own)
+    score = run_probe(encoder, probe, sound, **kw)
+    for one in score.all():
+        print(one)
+        append_line(out, {"encoder": encoder, "corpus": corpus, **to_json(one)})
+    asked = (baselines or probes.get(probe).meta.get("beside", False)) and not no_baselines
+    rivals = ask_baselines(encoder, probe, sound, **kw) if asked else {}
+    for name, rival in rivals.items():
+        append_line(out, {"encoder": f"{encoder}: {name}", "corpus": corpus, **to_json(rival)})
+    for line in beside(score, rivals) if asked else ():
+        print(line)
     print(f"{score.seconds:.0f} s ({score.cpu_seconds:.0f} s of CPU); appended to {out}")

@@ -8,6 +8,11 @@ __all__ = ['SECONDS', 'WIDTHS', 'BATCHES', 'PASSES', 'FRAMES', 'GIVEN', 'SHORT',
            'points', 'whose', 'known_points', 'point_seconds', 'cost_curves', 'point_head', 'curve_row', 'load_curves',
            'exponents', 'crossing', 'crossover', 'ceiling', 'essl_curves', 'plan_text']
 
+# %% ../../nbs/eval/66_curves.ipynb #45dbb3b8
+from ..core.extras import need
+
+need("pandas", extra="study", to="tabulate curves")
+
 # %% ../../nbs/eval/66_curves.ipynb #c3c8cd9d
 import functools
 import math

@@ -357,6 +357,8 @@ def finetune(
     read = lambda clips: ([job.source.raw(u) for u in clips], [[c + 1 for c in spoken(u, classes)] for u in clips])
     clips, tune, fill = read(train), read(valid), torch.as_tensor(job.source.features.mean).float()
     device, bf16 = job.source.device, job.source.precision == "bf16"
+    if start == "pretrained": # weights that are no numbers are told before anything is trained
+        job.source.layers([clips[0][0]], names=[train[0].id])
 
     def run(rate: float, epochs: int):
         "A recogniser trained at this rate, and its curve."

@@ -302,10 +302,11 @@ class Source:
         progress: bool = True,
     ) -> Frames:
         "Extract the frames of these utterances, or find them in the memo. Raises EsslError where there are none, or some are not numbers."
-        ids, sound = [u.id for u in utterances], getattr(self.features, "path", self.features)
+        ids, sound = [u.id for u in utterances], str(getattr(self.features, "path", "")) or self.features
         kept = self.memo.setdefault((self.key, name), [])
         asked = {id: (spans and spans[id], keep and keep[id]) for id in ids}
-        store = next((s for of, was, s in kept if (of is sound or of == sound) and all(id in was and same(asked[id], was[id]) for id in ids)), None)
+        alike = lambda of: of is sound or isinstance(of, str) and isinstance(sound, str) and of == sound
+        store = next((s for of, was, s in kept if alike(of) and all(id in was and same(asked[id], was[id]) for id in ids)), None)
         if store is None:
             read = read_mel if self.is_baseline else read_layers
             store = read(self, list(utterances), spans, keep, progress)

@@ -6,6 +6,8 @@
 __all__ = ['FIT_FRAMES', 'RANK_FRAMES', 'fit_units', 'unit_of', 'in_pieces', 'unit_labels', 'rank_of', 'units']
 
 # %% ../../nbs/eval/116_units.ipynb #abd9dfed
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ from .hidden import hidden_score
 from .phones import few_labels, in_split
 from .probe import probes
 from ..objectives.health import effective_rank, rankme
+from ..objectives import hubert, objective
 from ..objectives.hubert import Clusters, nearest_centroid
-from ..train.targets import source_of
 
 # %% ../../nbs/eval/116_units.ipynb #32d53f9d
 FIT_FRAMES = 60_000
@@ -38,7 +40,8 @@ def fit_units(
     kw = dict(stride=1, n_mels=len(features.mean), clusters=clusters, regression_context=0, regression_components=1, fit_frames=FIT_FRAMES)
     model, sound, path = Clusters(1, **kw), getattr(features, "path", None), None
     if sound is not None: # what lies in a file there is named by its content
-        path = cache_dir() / "units" / f"{content_hash([sound.stem, ids, kw, seed, source_of(Clusters)])}.safetensors"
+        code = [inspect.getsource(module) for module in (hubert, objective)]
+        path = cache_dir() / "units" / f"{content_hash([sound.stem, ids, kw, seed, code])}.safetensors"
         try:
             model.load_state_dict(load_tensors(path))
             return model

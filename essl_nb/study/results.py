@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['GUESS', 'WHO', 'ASKED', 'CONFIG', 'today', 'known_rows', 'kin', 'amount', 'Estimates', 'headline', 'in_words',
-           'score_fields', 'flat', 'frame_rows', 'results_file', 'load_results', 'scores_of', 'pooled_units',
-           'score_table', 'as_text', 'usual_rivals', 'rival_rows', 'paired_table', 'difference', 'cost_table',
-           'cost_points', 'pareto_table', 'ship']
+           'score_fields', 'flat', 'frame_rows', 'results_file', 'row_fault', 'line_of', 'checked_rows', 'load_results',
+           'scores_of', 'pooled_units', 'score_table', 'as_text', 'usual_rivals', 'rival_rows', 'paired_table',
+           'difference', 'draws_of', 'tied_with_best', 'own_figures', 'cost_table', 'cost_points', 'pareto_table',
+           'ship']
 
 # %% ../../nbs/study/81_results.ipynb #ada96836
+import json
+import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +20,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.config import from_json, to_json
+from ..core.config import content_hash, from_json, to_json
 from ..core.files import read_lines, write_json
 from ..core.registry import EsslError, nearest
-from ..eval.intervals import bootstrap_interval, paired_interval, ratio
+from ..eval.intervals import bootstrap_interval, paired_interval, percentiles, ratio, resampled
 from ..mixers.base import mixers
 from ..models.checkpoint import load_encoder
 from ..models.config import EncoderConfig
 from .grid import Cell, key_of
+from .machines import chosen_machine, comparable_cards, is_counted, machine_name, setup_name
 from ..train.config import PretrainConfig
 
 # %% ../../nbs/study/81_results.ipynb #00bc8fae
@@ -124,6 +128,7 @@ def frame_rows(row: dict) -> list: # of dicts, one for each score in the row, el
     encoder = what.get("config") or what.get("pretrain", {}).get("encoder", {})
     common = {"key": row["key"], "kind": row["kind"], **{k: what.get(k) for k in WHO}, "run": what.get("run"), **{k: encoder.get(k) for k in CONFIG}}
     common |= {"made_seconds": made.get("seconds"), "when": made.get("when"), "git": made.get("git"), "data_hash": made.get("data_hash")}
+    common["machine"] = machine_name(made.get("machine"))
     common["state"] = common["state"] or ("pretrained" if row["kind"] == "run" else None)
     if row["kind"] == "score":
         return [{**common, "probe": what["probe"], **score_fields(s)} for s in (row["value"], *row["value"].get("also", ()))]
@@ -131,7 +136,9 @@ def frame_rows(row: dict) -> list: # of dicts, one for each score in the row, el
     if row["kind"] == "run":
         step = made.get("seconds_per_step")
         return [{**common, **card, "train_seconds": step and step * row["value"]["steps"]}]
-    return [{**common, **card}]
+    value = row["value"]
+    how = dict(machine=machine_name(value.get("machine") or made.get("machine")), setup=setup_name(value), against=content_hash(value.get("against")))
+    return [{**common, **card, **how}]
 
 # %% ../../nbs/study/81_results.ipynb #b349035b
 def results_file(folder) -> Path: # rows.jsonl
@@ -143,16 +150,54 @@ def results_file(folder) -> Path: # rows.jsonl
     return path
 
 
+def row_fault(row) -> str: # a few words, or nothing
+    "What keeps a line of JSON from being a fact of a study."
+    if not isinstance(row, dict):
+        return f"is {json.dumps(row)[:40]}, which is no row"
+    if lacking := [k for k in ("key", "kind", "what", "value", "made") if k not in row]:
+        return f"has no {lacking[0]!r}"
+    if wrong := [k for k in ("what", "value", "made") if not isinstance(row[k], dict)]:
+        return f"has a {wrong[0]!r} that is no object"
+    v = row["value"]
+    if row["kind"] == "score":
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+        for s in (v, *(v.get("also") or ())):
+            pairs = isinstance(s, dict) and isinstance(s.get("units"), list) and all(isinstance(u, list) and len(u) == 2 and all(map(number, u)) for u in s["units"])
+            if not pairs or not number(s.get("value")):
+                return "is a score without its value or without the counts of each utterance"
+    return ""
+
+
+def line_of(path: Path, n: int) -> int: # from 1
+    "The line in which the n-th row of a file stands (from 0); empty lines are no rows."
+    return [i for i, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()][n]
+
+
+def checked_rows(path: Path) -> tuple: # list of (row, its columns), and the torn last line or None
+    "Every fact of a file. Raises EsslError that names the line of what is none."
+    rows, torn = read_lines(path)
+    good = []
+    for n, row in enumerate(rows):
+        why = row_fault(row)
+        try:
+            good.append((row, frame_rows(row))) if not why else None
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            why = f"cannot be read ({type(e).__name__}: {e})"
+        if why:
+            raise EsslError(f"Line {line_of(path, n)} of {path} {why}; mend or remove that line.")
+    return good, torn
+
+# %% ../../nbs/study/81_results.ipynb #112e37c3
 def load_results(
     folder, # of a study, or its rows.jsonl
 ) -> pd.DataFrame: # long form: one row for each fact, the newest where a fact stands twice
-    "All facts of a study. A torn last line is told and left out. Raises EsslError where there are none."
+    "All facts of a study, each with its `machine`. A torn last line is told and left out. Raises EsslError where there are none, or for a line that is no fact."
     path = results_file(folder)
-    rows, torn = read_lines(path)
+    rows, torn = checked_rows(path)
     if torn is not None:
         warnings.warn(f"The last line of {path} is torn and was left out; the study mends it when it goes on.", stacklevel=2)
-    newest = {row["key"]: row for row in rows}
-    frame = pd.DataFrame([f for row in newest.values() for f in frame_rows(row)])
+    newest = {row["key"]: columns for row, columns in rows}
+    frame = pd.DataFrame([f for columns in newest.values() for f in columns])
     return frame if len(frame) else pd.DataFrame(columns=["key", "kind", *WHO, *ASKED, "value", "low", "high", "n"])
 
 # %% ../../nbs/study/81_results.ipynb #660789d1
@@ -254,40 +299,82 @@ def difference(rows: pd.DataFrame, rival: pd.DataFrame) -> dict:
     return dict(better=better, value=d, low=low, high=high, clear=low > 0 or high < 0, by_seed=by_seed.dropna().tolist(), **counts)
 
 # %% ../../nbs/study/81_results.ipynb #6d64d5ef
+def draws_of(
+    scores: pd.DataFrame, # score rows of one question, from `scores_of`
+) -> dict: # (encoder, objective) → (name of its utterances, value, (2000,) values over resampled utterances)
+    "Every pre-trained encoder's score over the same resampled utterances. Raises EsslError where seeds were scored on other utterances."
+    found = {}
+    for who, rows in scores[scores.state == "pretrained"].groupby(["encoder", "objective"], dropna=False, sort=False):
+        units = pooled_units(rows)
+        found[who] = (rows.unit_ids_hash.iloc[0], ratio(units), resampled(units))
+    return found
+
+
+def tied_with_best(
+    draws: dict, # from `draws_of`
+    lower: bool = False, # less is better
+    level: float = 0.95,
+) -> pd.DataFrame: # encoder, objective, value; difference from the best with low and high; tied; the best one first
+    "The best of some encoders and the paired difference of each other from it; `tied` where the interval holds zero, or the utterances are not the same."
+    if not draws:
+        return pd.DataFrame(columns=["encoder", "objective", "value", "difference", "low", "high", "tied"])
+    best = (min if lower else max)(draws, key=lambda who: draws[who][1])
+    ids, top, over = draws[best]
+    table = []
+    for (encoder, objective), (own, value, drawn) in draws.items():
+        low, high = percentiles(drawn - over, level) if own == ids else (float("nan"), float("nan"))
+        table.append(dict(encoder=encoder, objective=objective, value=value, difference=value - top, low=low, high=high, tied=not (low > 0 or high < 0)))
+    return pd.DataFrame(table).sort_values("value", ascending=lower, kind="stable", ignore_index=True)
+
+# %% ../../nbs/study/81_results.ipynb #139aa337
+def own_figures(row, comparable: bool) -> dict:
+    "The numbers of a cost card under the names of the table; those that were measured only where they can be compared."
+    own = {k: v for k, v in row.dropna().items() if isinstance(v, (int, float, np.number)) and k not in ("seed", "dim", "depth", "causal", "made_seconds")}
+    named = lambda k: ("" if k.startswith(("parameters", "disk")) else f"{row.card}_") + k
+    figures = {named(k): v for k, v in own.items() if comparable or is_counted(k)}
+    return figures | ({"machine": row.machine, f"{row.card}_setup": row.setup} if comparable else {})
+
+
 def cost_table(
     results, # a study's folder, or a frame from `load_results`
-) -> pd.DataFrame: # one row for each encoder
-    "What every encoder costs."
+    machine: str | None = None, # whose measurements to show, from `machines_of`; None: the machine that measured most encoders
+) -> pd.DataFrame: # one row for each encoder; measured columns are empty where another machine took them
+    "What every encoder costs: what was counted anywhere, and what was measured on one machine. Raises EsslError for a machine that measured nothing."
     frame = results if isinstance(results, pd.DataFrame) else load_results(results)
-    table = {}
-    for _, row in frame[frame.kind.isin(["cost", "run"])].iterrows():
+    machine, table = chosen_machine(frame, machine), {}
+    comparable = comparable_cards(frame, machine)
+    for i, row in frame[frame.kind.isin(["cost", "run"])].iterrows():
         mine = table.setdefault(row.encoder, dict(encoder=row.encoder, mixer=row.mixer, family=row.family))
         if row.kind == "run":
-            mine.setdefault("minutes", []).append(row.train_seconds / 60)
             mine["parameters"], mine["steps"] = row.parameters, row.steps
+            mine.setdefault("minutes", {}).setdefault(row.machine, []).append(row.train_seconds / 60)
         else:
-            own = {k: v for k, v in row.dropna().items() if isinstance(v, (int, float, np.number)) and k not in ("seed", "dim", "depth", "causal", "made_seconds")}
-            mine |= {("" if k.startswith(("parameters", "disk")) else f"{row.card}_") + k: v for k, v in own.items()}
+            mine |= own_figures(row, comparable[i])
+    carded = any("training_step_s" in mine for mine in table.values())
     for mine in table.values():
-        minutes, step = mine.pop("minutes", [np.nan]), mine.get("training_step_s", np.nan)
-        mine["pretrain_minutes"] = mine.get("steps", np.nan) * step / 60 if step == step else float(np.mean(minutes))
+        ran = mine.pop("minutes", {}).get(machine, [np.nan])
+        mine["pretrain_minutes"] = mine.get("steps", np.nan) * mine.get("training_step_s", np.nan) / 60 if carded else float(np.mean(ran))
     return pd.DataFrame(table.values())
 
-# %% ../../nbs/study/81_results.ipynb #4f353e02
+# %% ../../nbs/study/81_results.ipynb #a201af39
 def cost_points(
     folder, # of a study
+    machine: str | None = None, # whose measurements; None: the machine that measured most encoders
 ) -> pd.DataFrame: # one row for each encoder and duration
-    "Deployment cost against the duration of the audio."
+    "Deployment cost against the duration of the audio, on one machine. Raises EsslError for a machine that measured nothing."
+    frame = load_results(folder)
+    alike = set(frame[comparable_cards(frame, chosen_machine(frame, machine))].key)
     rows, _ = read_lines(results_file(folder))
-    newest = {r["key"]: r for r in rows if r["kind"] == "cost"}.values()
+    newest = {r["key"]: r for r in rows if r["kind"] == "cost"}
     who = lambda r: {k: r["what"][k] for k in ("encoder", "mixer", "family", "card")}
-    return pd.DataFrame([{**who(r), **p} for r in newest for p in r["value"].get("points", ())])
+    return pd.DataFrame([{**who(r), **p} for key, r in newest.items() if key in alike for p in r["value"].get("points", ())])
 
 
 def pareto_table(
     results, # a study's folder, or a frame from `load_results`
     probe: str, # a probe of the grid
     metric: str | None = None, # one of its metrics; None: its first
+    machine: str | None = None, # whose measured costs to show; None: the machine that measured most encoders
 ) -> pd.DataFrame: # one row for each pre-trained encoder: its score and its costs
     "Accuracy beside cost, ready for `pareto_front`. Raises EsslError for an unknown probe or metric."
     frame = results if isinstance(results, pd.DataFrame) else load_results(results)
@@ -296,7 +383,7 @@ def pareto_table(
     if metric not in set(scores.metric):
         raise EsslError(f"The probe {probe!r} has no metric {metric!r}: {nearest(metric, set(scores.metric))}.")
     mine = scores[(scores.metric == metric) & (scores.state == "pretrained")]
-    costs = cost_table(frame)
+    costs = cost_table(frame, machine)
     return mine.merge(costs.drop(columns=["mixer", "family"], errors="ignore"), on="encoder", how="left") if len(costs) else mine
 
 # %% ../../nbs/study/81_results.ipynb #c822913c

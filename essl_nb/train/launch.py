@@ -49,6 +49,8 @@ def essl_pretrain(
     device: str = "auto", # cpu, cuda, or auto: cuda where there is one
     threads: int = 0, # threads of torch; 0 leaves it to torch
     save_every: int = 250, # steps between saved states
+    save_minutes: float = 10.0, # the state is saved, too, when the last time is so long ago
+    drop_state: bool = False, # remove last.safetensors when the run is finished; it can then not be prolonged
     log_every: int = 20, # steps between lines of metrics.jsonl
     tensorboard: bool = False, # write <folder>/tensorboard too
     dry: bool = False, # print the settings as JSON, as --config reads them, and do nothing
@@ -70,5 +72,5 @@ def essl_pretrain(
     if threads:
         torch.set_num_threads(threads)
     folder = folder or f"runs/{made.encoder.mixer}-{made.objective}-{made.seed}"
-    wrote = pretrain(made, folder, device=device, save_every=save_every, log_every=log_every, tensorboard=tensorboard)
+    wrote = pretrain(made, folder, device=device, save_every=save_every, save_minutes=save_minutes, keep_state=not drop_state, log_every=log_every, tensorboard=tensorboard)
     print(f"Wrote {wrote}: encoder/ (config.json, model.safetensors), metrics.jsonl, result.json")

@@ -99,6 +99,7 @@ def prepare(config: PretrainConfig, folder: Path, corpus: Corpus | None, progres
         restore_state(run, folder)
     if ranks.rank == 0:
         forget_after(folder, run.step)
+    run.share()
     return run
 
 # %% ../../nbs/train/61_loop.ipynb #0e293e0c

@@ -6,6 +6,11 @@
 __all__ = ['CELLS', 'STATE', 'BothWays', 'light', 'parameters', 'equal_units', 'SmallRecogniser', 'recurrent_matrices',
            'transcribed', 'recognise', 'recognition_rows', 'recognition_table', 'essl_recognise']
 
+# %% ../../nbs/train/63_recognise.ipynb #965f0e2e
+from ..core.extras import need
+
+need("pandas", extra="study", to="tabulate recognisers")
+
 # %% ../../nbs/train/63_recognise.ipynb #cc393af4
 import math
 import time

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .style import GREY, plain
+from .style import GREY, plain, plain_text
 
 # %% ../../nbs/viz/85_audio.ipynb #7c1736f2
 def envelope(
@@ -103,11 +103,11 @@ def phone_traces(
     middle, width = [(a + b) / 2 for _, a, b in seen], [b - a for _, a, b in seen]
     blocks = go.Bar(
         x=middle, y=[1] * len(seen), width=width, meta=dict(role="phones"), name="phones",
-        marker=dict(color=[PHONE_TINTS[phone_class(p)] for p in labels], line=dict(width=1, color="#fff")), customdata=seen,
-        hovertemplate="/%{customdata[0]}/ %{customdata[1]:.2f}–%{customdata[2]:.2f} s<extra></extra>",
+        marker=dict(color=[PHONE_TINTS[phone_class(p)] for p in labels], line=dict(width=1, color="#fff")), customdata=seen, hovertext=[plain_text(p) for p in labels],
+        hovertemplate="/%{hovertext}/ %{customdata[1]:.2f}–%{customdata[2]:.2f} s<extra></extra>",
     )
     text = go.Scatter(
-        x=middle, y=[0.5] * len(seen), mode="text", text=["" if phone_class(p) == "pause" else p for p in labels],
+        x=middle, y=[0.5] * len(seen), mode="text", text=["" if phone_class(p) == "pause" else plain_text(p) for p in labels],
         textfont=dict(size=11, color="#222"), hoverinfo="skip", meta=dict(role="phone-labels"), customdata=width,
     )
     return [blocks, text]

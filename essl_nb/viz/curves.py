@@ -17,7 +17,7 @@ from ..core.registry import EsslError, nearest
 from ..eval.cost import baseline_mixer
 from ..eval.curves import ALWAYS, NEVER, ceiling, crossover
 from ..mixers.base import mixers
-from .style import GREY, family_colour, family_key, family_shape, plain
+from .style import GREY, family_colour, family_key, family_shape, plain, plain_text
 
 # %% ../../nbs/viz/88_curves.ipynb #746901b4
 QUANTITIES = {  # name: (column, axis title, factor)
@@ -109,9 +109,9 @@ def curve_figure(
         family, thick = c.family.iloc[0], name in (baseline, chosen)
         dash = DASHES[seen.setdefault(family, len([m for m in ends if m[2] == family])) % len(DASHES)]
         seen[family] += 1
-        y = c[column] * factor
-        band = dict(customdata=np.stack([c[f"{column}_low"], c[f"{column}_high"]], 1) * factor, hovertemplate=f"{name}, %{{x:g}} s: %{{y:.3g}} [%{{customdata[0]:.3g}}, %{{customdata[1]:.3g}}]<extra></extra>") if f"{column}_low" in c else \
-            dict(hovertemplate=f"{name}, %{{x:g}} s: %{{y:.3g}}<extra></extra>")
+        y, shown = c[column] * factor, plain_text(name).replace("%", "&#37;")  # %{ would begin a template
+        band = dict(customdata=np.stack([c[f"{column}_low"], c[f"{column}_high"]], 1) * factor, hovertemplate=f"{shown}, %{{x:g}} s: %{{y:.3g}} [%{{customdata[0]:.3g}}, %{{customdata[1]:.3g}}]<extra></extra>") if f"{column}_low" in c else \
+            dict(hovertemplate=f"{shown}, %{{x:g}} s: %{{y:.3g}}<extra></extra>")
         fig.add_trace(go.Scatter(x=c.seconds, y=y, mode="lines+markers", name=name, legendgroup=family, showlegend=False, meta=dict(role="curve", mixer=name, family=family), opacity=1 if thick or chosen is None else 0.45,
                                  line=dict(color=family_colour(family), width=4 if thick else 1.5, dash="solid" if thick else dash), marker=dict(symbol=family_shape(family), size=6), **band))
         ends.append((name, float(y.iloc[-1]), family, float(c.seconds.iloc[-1])))
@@ -138,6 +138,6 @@ def finish_curves(fig: go.Figure, rows: pd.DataFrame, ends: list, quantity: str,
         low, high = min(low, at), max(high, at)
         if last < seconds[-1] or abs(at - math.log10(y)) > gap / 2:  # the label stands off: lead the eye to it
             fig.add_trace(go.Scatter(x=[last, right], y=[y, 10**at], mode="lines", line=dict(color=family_colour(family), width=0.7), opacity=0.6, hoverinfo="skip", showlegend=False, meta=dict(role="leader")))
-        fig.add_annotation(x=1, xref="paper", xanchor="left", xshift=6, y=at, yref="y", text=name, showarrow=False, font=dict(size=12, color=family_colour(family)))
+        fig.add_annotation(x=1, xref="paper", xanchor="left", xshift=6, y=at, yref="y", text=plain_text(name), name="end", showarrow=False, font=dict(size=12, color=family_colour(family)))
     fig.update_xaxes(type="log", title_text="duration of speech (s)", tickvals=seconds, ticktext=[f"{s:g}" for s in seconds], range=[math.log10(seconds[0]) - 0.05, math.log10(seconds[-1]) + 0.03])
     return fig.update_yaxes(type="log", title_text=y_title, range=[low - room, high + room], dtick=1 if high - low > 1.2 else None)

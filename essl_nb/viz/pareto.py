@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..study.pareto import pareto_front
-from .style import GREY, INK, family_colour, family_key, family_shape, plain
+from .style import GREY, INK, family_colour, family_key, family_shape, plain, plain_text
 
 # %% ../../nbs/viz/87_pareto.ipynb #78aaef89
 def staircase(
@@ -111,19 +111,21 @@ def point_trace(
     colour, bar, spans = family_colour(row["family"]), 1.5 if size > 10 else 1, {}
     if low in row and np.isfinite(row[low]):
         spans = dict(error_y=dict(type="data", symmetric=False, array=[row[high] - row[y]], arrayminus=[row[y] - row[low]], thickness=bar, width=size // 3, color=colour))
+    if np.isfinite(row.get(x + "_low", np.nan)) and np.isfinite(row.get(x + "_high", np.nan)):
+        spans |= dict(error_x=dict(type="data", symmetric=False, array=[max(row[x + "_high"] - row[x], 0)], arrayminus=[max(row[x] - row[x + "_low"], 0)], thickness=bar, width=0, color=colour))
     return go.Scatter(
         x=[row[x]], y=[row[y]], mode="markers", opacity=0.25 if faded else 1.0, name=row["label"], showlegend=False,
         marker=dict(color=colour, symbol=family_shape(row["family"]), size=size + 4 if chosen else size, line=dict(width=2.5 if chosen else 0, color="#222")),
-        customdata=[row["label"]], hovertemplate=hover, cliponaxis=False, meta=dict(role="point", chosen=chosen, must=must, faded=faded), **spans,
+        customdata=[row["label"]], hovertext=[plain_text(row["label"])], hovertemplate=hover, cliponaxis=False, meta=dict(role="point", chosen=chosen, must=must, faded=faded), **spans,
     )
 
 
 def faint_traces(rows, x: str, y: str, role: str) -> list: # one trace a family
     "Points behind the points: single seeds, small and filled, or untrained encoders, open."
     rows = rows if rows is not None else pd.DataFrame()
-    hover = "%{customdata}, untrained: %{y:.3~g}<extra></extra>" if role == "untrained" else None
+    hover = "%{hovertext}, untrained: %{y:.3~g}<extra></extra>" if role == "untrained" else None
     marker = lambda f: dict(color=family_colour(f), symbol=family_shape(f) + ("-open" if role == "untrained" else ""), size=9 if role == "untrained" else 6, opacity=0.7 if role == "untrained" else 0.35)
-    return [go.Scatter(x=r[x], y=r[y], mode="markers", name=role, meta=dict(role=role), marker=marker(f), customdata=r["label"], showlegend=False,
+    return [go.Scatter(x=r[x], y=r[y], mode="markers", name=role, meta=dict(role=role), marker=marker(f), customdata=r["label"], hovertext=[plain_text(v) for v in r["label"]], showlegend=False,
                        hovertemplate=hover, hoverinfo=None if hover else "skip") for f, r in (rows.groupby("family", sort=False) if len(rows) else ())]
 
 
@@ -134,7 +136,7 @@ def baseline_shapes(fig: go.Figure, baselines, y_range: tuple) -> go.Figure: # t
         fig.add_hline(y=value, line=dict(color=GREY, width=1, dash="dot"))
         at = max(value, last + 0.045 * (y_range[1] - y_range[0]))
         last = at
-        fig.add_annotation(x=1, xref="paper", y=at, text=name, showarrow=False, xanchor="right", yanchor="bottom", font=dict(size=11, color=GREY), name="baseline")
+        fig.add_annotation(x=1, xref="paper", y=at, text=plain_text(name), showarrow=False, xanchor="right", yanchor="bottom", font=dict(size=11, color=GREY), name="baseline")
     return fig
 
 
@@ -145,7 +147,7 @@ def label_notes(points: pd.DataFrame, places: list, x: str, y: str, must, log_x:
         if place is not None:
             off = np.hypot(max(abs(place[0]) - LETTER * len(row["label"]) / 2, 0), max(abs(place[1]) - LINE / 2, 0)) > 14
             at = np.log10(row[x]) if log_x else row[x]
-            notes.append(dict(x=at, y=row[y], ax=place[0], ay=place[1], text=row["label"], showarrow=True, arrowhead=0, arrowwidth=1, arrowcolor=GREY if off else "rgba(0,0,0,0)",
+            notes.append(dict(x=at, y=row[y], ax=place[0], ay=place[1], text=plain_text(row["label"]), showarrow=True, arrowhead=0, arrowwidth=1, arrowcolor=GREY if off else "rgba(0,0,0,0)",
                               standoff=7, font=dict(size=13 if strong else 12, color=INK if strong else GREY), name="label", borderpad=0))
     return notes
 
@@ -180,6 +182,7 @@ def pareto_figure(
     x_title: str = "", # what the cost is, with its unit
     y_title: str = "", # what the worth is, with its unit
     lower_is_better: bool = False, # of y
+    band=None, # (from, to) in units of y: shaded across the figure; None: nothing is
     log_x: bool = False, # draw the cost on a logarithmic axis
     within=None, # bool per point: inside the budget; None: all
     chosen: str | None = None, # label of the point to draw larger
@@ -199,7 +202,7 @@ def pareto_figure(
     front = pareto_front(inside, x, y, maximise=() if lower_is_better else (y,))
     xs, ys = staircase(front, x, y, xr[1])
     must, size = known["label"].isin([*front["label"], *keep, chosen]), 12 if len(known) <= 12 else 10
-    hover = f"<b>%{{customdata}}</b><br>{y_title}: %{{y:.3~g}}<br>{x_title}: %{{x:.3~g}}<extra></extra>"
+    hover = f"<b>%{{hovertext}}</b><br>{y_title}: %{{y:.3~g}}<br>{x_title}: %{{x:.3~g}}<extra></extra>"
     fig = go.Figure(go.Scatter(x=xs, y=ys, mode="lines", line=dict(color=GREY, width=2), hoverinfo="skip", name="front", showlegend=False, meta=dict(role="front")), layout=dict(meta=dict(lower=lower_is_better)))
     fig.add_traces(faint_traces(seeds, x, y, "seed") + faint_traces(untrained, x, y, "untrained"))
     for strong, (i, row) in sorted(zip(must, known.iterrows()), key=lambda p: (p[0], p[1][1]["label"] == chosen)):  # what matters lies on top
@@ -210,5 +213,7 @@ def pareto_figure(
     better = "less" if lower_is_better else "more"
     fig.update_yaxes(title_text=f"{y_title}  ({better} is better)", range=list(yr))
     baseline_shapes(family_key(fig, known["family"]), baselines, yr).update_layout(hovermode="closest")
+    if band is not None:
+        fig.add_hrect(y0=min(band), y1=max(band), fillcolor=GREY, opacity=0.14, line_width=0, layer="below", name="band")
     bars = (low, high) if len(ends) == 2 else ()
     return label_points(fig, known, x, y, must, ranges=(xr, yr), log_x=log_x, front=(xs, ys), bars=bars, width=width, better=-1 if lower_is_better else 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILY_COLOURS', 'FAMILY_SHAPES', 'FAMILY_NAMES', 'OTHER_COLOUR', 'OTHER_SHAPE', 'FONT', 'INK', 'GREY', 'GRID',
-           'family_colour', 'family_shape', 'family_name', 'plain', 'family_order', 'family_key']
+           'family_colour', 'family_shape', 'family_name', 'plain_text', 'plain', 'family_order', 'family_key']
 
 # %% ../../nbs/viz/84_style.ipynb #bae80567
 import plotly.graph_objects as go
@@ -49,6 +49,11 @@ def family_name(family: str) -> str:
 # %% ../../nbs/viz/84_style.ipynb #b6b7f3e2
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', 'Liberation Sans', sans-serif"
 INK, GREY, GRID = "#222222", "#6b6b6b", "rgba(128,128,128,0.22)"
+
+
+def plain_text(text) -> str:
+    "A name as a figure shows it as it is: plotly would read < and & as markup."
+    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def plain(

@@ -1,0 +1,295 @@
+"""The explorer over HTTP: whom it answers, what it takes, what it leaves behind. A server of its own, asked as the page asks and as others would."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+from madeup import make_curves, make_study
+
+from essl_nb.app.door import refusal
+from essl_nb.app.explorer import free_port
+from essl_nb.app.page import PLOTLY_JS
+from essl_nb.app.uploads import PREFIX, Uploads
+from essl_nb.core.registry import EsslError
+from essl_nb.mixers.base import list_mixers
+
+TOO_LONG = 300  # s; a loaded machine is slow
+
+
+def start(tmp: Path, study: Path, corpus: Path, **more) -> tuple: # (process, address)
+    "The command, started as a user would."
+    call = f"from essl_nb.app.explorer import essl_explore; essl_explore(port=0, results={str(study)!r}, corpus={str(corpus)!r}, no_browser=True)"
+    env = {**os.environ, "GRADIO_TEMP_DIR": str(tmp), **more}
+    process = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if found := re.findall(r"http://[\d.:]+", line):
+            return process, found[0]
+    pytest.fail("the explorer did not start:\n" + "".join(said))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A study, neighbours that are broken in several ways, and a corpus of three clips."
+    folder = tmp_path_factory.mktemp("shelf")
+    study = make_study(folder / "opened", seeds=1, names=list_mixers()[:3])
+    make_curves(folder / "curves", list_mixers()[:3])
+    grid = (study / "grid.json").read_bytes()
+    for name, rows in (("noise", np.random.default_rng(0).integers(128, 256, 5000, dtype="uint8").tobytes()), ("list", b'{"kind": "score"}\n[]\n'), ("empty row", b'{"kind": "score"}\n')):
+        (folder / name).mkdir()
+        (folder / name / "grid.json").write_bytes(grid)
+        (folder / name / "rows.jsonl").write_bytes(rows)
+    (folder / "odd grid").mkdir()
+    (folder / "odd grid" / "grid.json").write_bytes(b'{"encoders": {"a": [1]}}')
+    (folder / "odd grid" / "rows.jsonl").write_bytes((study / "rows.jsonl").read_bytes())
+    corpus = folder / "sound"
+    corpus.mkdir()
+    for i in range(3):
+        tone(corpus / f"{i}.wav", 200 + 50 * i)
+    return study, corpus
+
+
+@pytest.fixture(scope="module")
+def server(made, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("uploads")
+    process, address = start(tmp, *made)
+    yield address, tmp
+    process.terminate()
+    process.wait(60)
+
+
+def tone(path: Path, hertz: float, seconds: float = 1.0) -> Path:
+    soundfile.write(path, np.sin(2 * np.pi * hertz * np.arange(int(16000 * seconds)) / 16000) / 2, 16000)
+    return path
+
+
+def client(address: str) -> httpx.Client:
+    return httpx.Client(base_url=address, timeout=TOO_LONG, trust_env=False)
+
+
+def config(c: httpx.Client) -> dict:
+    return c.get("/config").json()
+
+
+def event(conf: dict, name: str) -> dict:
+    "The dependency whose callback has this name."
+    return next(d for d in conf["dependencies"] if (d.get("api_name") or "").startswith(name))
+
+
+def call(c: httpx.Client, fn_index: int, data: list, session: str) -> list: # answers of one event
+    "Join the queue and read what comes of it."
+    joined = c.post("/gradio_api/queue/join", json=dict(data=data, fn_index=fn_index, session_hash=session, event_data=None, trigger_id=None))
+    joined.raise_for_status()
+    answers = []
+    with c.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as lines:
+        for line in lines.iter_lines():
+            if line.startswith("data:"):
+                said = json.loads(line[5:])
+                answers.append(said)
+                if said.get("msg") in ("process_completed", "close_stream"):
+                    break
+    return answers
+
+
+def upload(c: httpx.Client, path: Path, **headers) -> httpx.Response:
+    return c.post("/gradio_api/upload", files={"files": (path.name, path.read_bytes())}, headers=headers)
+
+
+def lying(tmp: Path) -> list:
+    "Uploads on the disk."
+    return [p for p in tmp.rglob("*") if p.is_file() and p.suffix]  # the lock has none
+
+
+def said_by(answers: list) -> str:
+    return json.dumps(answers, ensure_ascii=False)
+
+
+# ---- who is answered --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/info", "/gradio_api/upload", "/gradio_api/queue/join"])
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Host": "evil.example", "Origin": "http://evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"},
+                                     {"Origin": "http://localhost:1"}, {"Host": "127.0.0.1.evil.example"}], ids=str)
+def test_foreign_names_and_pages_are_refused(server, path, headers):
+    with client(server[0]) as c:
+        for method in ("GET", "POST", "OPTIONS"):
+            answer = c.request(method, path, headers={**headers, "Access-Control-Request-Method": "POST"})
+            assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers, (method, answer)
+
+
+def test_the_page_itself_is_answered(server):
+    address = server[0]
+    port = address.rsplit(":", 1)[1]
+    with client(address) as c:
+        for host in ("127.0.0.1", "localhost"):
+            assert c.get("/config", headers={"Host": f"{host}:{port}", "Origin": f"http://{host}:{port}"}).status_code == 200
+
+
+def test_what_the_page_never_asks_for_is_not_there(server):
+    with client(server[0]) as c:
+        for path in ("/gradio_api/component_server", "/gradio_api/process_recording", "/gradio_api/call/draw", "/gradio_api/api/draw", "/login", "/gradio_api/vibe-edit"):
+            assert c.post(path, json={}).status_code == 404, path
+        assert c.get("/gradio_api/deep_link?session_hash=a").status_code == 404
+
+
+def test_a_served_page_answers_under_its_own_name():
+    assert refusal(dict(host="my.space")) and not refusal(dict(host="[::1]:7860", origin="http://[::1]:7860"))
+
+
+# ---- what is taken ----------------------------------------------------------------------------------------------
+
+def test_an_upload_is_read_once_and_gone(server, tmp_path):
+    address, tmp = server
+    with client(address) as c:
+        conf, sound = config(c), tone(tmp_path / "mine.wav", 333)
+        path = upload(c, sound).json()[0]
+        assert len(lying(tmp)) == 1
+        own = event(conf, "on_own")["id"]
+        answers = call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], "one")
+        assert "essl-fault" not in said_by(answers) and not lying(tmp)
+        assert "choose it again" in said_by(call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], "two")), "gone is gone"
+
+
+def test_two_who_send_the_same_file_both_hear_it(server, tmp_path):
+    address, tmp = server
+    with client(address) as c:
+        own, sound = event(config(c), "on_own")["id"], tone(tmp_path / "same.wav", 444)
+        paths = [upload(c, sound).json()[0] for _ in "ab"]
+        for session, path in zip(("a1", "b1"), paths):
+            assert "essl-fault" not in said_by(call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], session))
+        assert not lying(tmp)
+
+
+def test_files_of_the_installation_cannot_be_named(server, made):
+    "Whatever path a visitor names: nothing is read, nothing is removed, when the visit ends neither."
+    address, _ = server
+    victims = [PLOTLY_JS, made[1] / "0.wav", made[0] / "rows.jsonl"]
+    with client(address) as c:
+        conf = config(c)
+        for name in ("on_own", "on_record"):
+            for i, victim in enumerate(victims):
+                session = f"thief{name}{i}"
+                try:
+                    call(c, event(conf, name)["id"], [dict(path=str(victim), meta={"_type": "gradio.FileData"})], session)
+                except httpx.HTTPStatusError:
+                    pass
+                with c.stream("GET", f"/gradio_api/heartbeat/{session}") as beat:
+                    next(beat.iter_raw())
+    time.sleep(2)
+    assert all(v.is_file() for v in victims)
+
+
+def test_several_files_at_once_are_refused(server, tmp_path):
+    address, tmp = server
+    with client(address) as c:
+        many = [("files", (f"{i}.wav", b"RIFF" + bytes([i]))) for i in range(200)]
+        answer = c.post("/gradio_api/upload", files=many)
+        assert answer.status_code == 400 and "one at a time" in answer.text and not lying(tmp)
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(server):
+    with client(server[0]) as c:
+        answer = c.post("/gradio_api/upload", content=b"", headers={"Content-Type": "multipart/form-data; boundary=x", "Content-Length": str(40 * 10**6)})
+        assert answer.status_code == 413 and "25 MB" in answer.text
+
+
+def test_uploads_have_a_sum(tmp_path):
+    uploads = Uploads(tmp_path, each=100, visitor=150, everyone=220)
+    uploads.reserve("a", 100)
+    with pytest.raises(EsslError, match="wait a minute"):
+        uploads.reserve("a", 100)
+    uploads.reserve("b", 100)
+    with pytest.raises(EsslError, match="wait a minute"):
+        uploads.reserve("c", 100)
+    uploads.release("a", 100)
+    uploads.reserve("c", 100)
+
+
+def test_what_nobody_reads_is_swept(tmp_path):
+    uploads = Uploads(tmp_path, stay=0)
+    for name in ("brought", "left by the framework"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.wav").write_bytes(b"x")
+    uploads.arrived("a", [tmp_path / "brought" / "a.wav"])
+    os.utime(tmp_path / "left by the framework" / "a.wav", (0, 0))
+    time.sleep(0.05)
+    uploads.sweep()
+    assert not list(tmp_path.rglob("*.wav")) and uploads.lying() == 0
+
+
+# ---- what is left behind ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_no_upload_outlives_the_process_for_long(made, tmp_path, how):
+    "Ctrl-C and SIGTERM take the folder along; after a kill the next start does."
+    process, address = start(tmp_path, *made)
+    with client(address) as c:
+        folder = next(tmp_path.glob(PREFIX + "*"))
+        assert folder.stat().st_mode & 0o077 == 0
+        upload(c, tone(tmp_path / "mine.wav", 555))
+        assert [p for p in folder.rglob("*.wav")]
+    process.send_signal(how)
+    process.wait(60)
+    if how == signal.SIGKILL:
+        again, _ = start(tmp_path, *made)
+        again.terminate()
+        again.wait(60)
+    assert not folder.exists()
+
+
+# ---- broken neighbours, broken lines ----------------------------------------------------------------------------
+
+def test_a_broken_neighbour_is_named_and_the_page_lives(server):
+    with client(server[0]) as c:
+        conf = config(c)
+        deps = [d for d in conf["dependencies"] if (d.get("api_name") or "").startswith("refresh")]
+        opening = next(d for d in deps if ["load"] == [t[1] for t in d["targets"]])
+        ids = [comp["id"] for comp in conf["components"]]
+        values = {i: comp["props"].get("value") for i, comp in zip(ids, conf["components"])}
+        ask = lambda study: said_by(call(c, opening["id"], [study if n == 0 else values[i] for n, i in enumerate(opening["inputs"])], f"s{study}"))
+        said = ask("opened")
+        assert "unreadable: noise" in said and "odd grid" in said and "highest" in said
+        for name, words in (("noise", "Line 1 of"), ("list", "which is no row"), ("empty row", "has no 'key'"), ("odd grid", "highest")):
+            assert words in (got := ask(name)) and "cannot be told" in got + ask("opened"), (name, got[:500])
+
+
+# ---- proxies and ports ------------------------------------------------------------------------------------------
+
+def test_a_proxy_is_not_asked_for_loopback(made, tmp_path):
+    proxy = {k: "http://127.0.0.1:9" for k in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")} | dict(NO_PROXY="", no_proxy="")
+    process, address = start(tmp_path, *made, **proxy)
+    with client(address) as c:
+        assert c.get("/config").status_code == 200
+    process.terminate()
+    process.wait(60)
+
+
+def test_ports_are_answered_in_words(monkeypatch):
+    for port in (-1, 65536, 70000):
+        with pytest.raises(EsslError, match="There is no port"):
+            free_port(port)
+    assert 0 < free_port(0) < 65536
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert free_port(port) != port
+        with pytest.raises(EsslError, match="in use"):
+            free_port(port, tries=1)
+    monkeypatch.setattr(socket.socket, "bind", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with pytest.raises(EsslError, match="may not open"):
+        free_port(80)
+
+
+def test_the_command_ends_in_a_sentence():
+    done = subprocess.run([sys.executable, "-c", "from essl_nb.app.explorer import essl_explore; essl_explore(port=70000, no_browser=True)"], capture_output=True, text=True)
+    assert done.returncode and "Traceback" not in done.stderr and done.stderr.startswith("essl_explore: There is no port 70000")
