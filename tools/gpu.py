@@ -35,8 +35,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARES = {"a": 0.25, "b": 0.4, "c": 0.2, "d": 0.15}  # of the budget; what a step leaves goes to those after it
-START, POISONED = 180.0, 3  # s that a child may take to import and to greet; its exit status when its GPU is lost to it
+SHARES = {"a": 0.35, "b": 0.33, "c": 0.18, "d": 0.14}  # of the budget; what a step leaves goes to those after it
+START, GRACE, POISONED = 120.0, 15.0, 3  # s to import and to greet; s after the budget; exit status of a child that lost its GPU
 
 
 # ---- the machine ------------------------------------------------------------------------------------------------
@@ -209,7 +209,8 @@ class Worker:
                                         cwd=ROOT, start_new_session=True)
         os.set_blocking(self.process.stdout.fileno(), False)
         self.state, self.case, self.point, self.trying, self.rest = "starting", None, None, None, b""
-        self.until, self.began = time.monotonic() + START, time.monotonic()
+        self.began = time.monotonic()
+        self.until = self.began + START
 
     def send(self, **message) -> None:
         try:
@@ -296,6 +297,7 @@ class Run:
         self.command, self.env, self.rows, self.log, self.limit = command, env, rows, log, limit
         self.size, self.workers, self.mute = workers, [], 0
         self.began = time.monotonic()
+        self.last = self.began + budget + GRACE  # nobody is waited for longer
         self.ends, share, total = {}, 0.0, sum(SHARES[s] for s in steps)
         for s in steps:
             share += SHARES[s] / total
@@ -303,8 +305,12 @@ class Run:
 
     # children
 
+    def allowed(self, case: dict | None) -> float: # when a child that stays silent is late
+        return min(time.monotonic() + max(self.limit, 4 * (case or {"seconds": 0})["seconds"]), self.last)
+
     def hire(self) -> Worker:
         worker = Worker(self.command, self.env, self.log)
+        worker.until = min(worker.until, max(self.last, time.monotonic() + 5))
         self.workers.append(worker)
         return worker
 
@@ -360,14 +366,14 @@ class Run:
         for worker in self.workers:
             if worker.state == "idle" and self.todo:
                 worker.case, worker.state, worker.point, worker.trying = self.todo.pop(0), "building", None, None
-                worker.until = time.monotonic() + max(self.limit, 4 * worker.case["seconds"])
+                worker.until = self.allowed(worker.case)
                 worker.began = time.monotonic()
                 worker.send(case=worker.case)
         measuring = [w for w in self.workers if w.state == "measuring"]
         for worker in self.workers:
             if worker.state == "ready" and not (measuring and worker.case["alone"]):
                 worker.state = "measuring"
-                worker.until = time.monotonic() + max(self.limit, 4 * worker.case["seconds"])
+                worker.until = self.allowed(worker.case)
                 measuring.append(worker)
                 worker.send(go=True)
 
@@ -386,11 +392,10 @@ class Run:
 
     def take(self, worker: Worker, message: dict) -> None:
         "One message of a child."
-        longer = max(self.limit, 4 * (worker.case or {"seconds": 0})["seconds"])
         if "hello" in message:
             worker.state, worker.until, self.mute = "idle", math.inf, 0
         elif "trying" in message:
-            worker.trying, worker.until = message["trying"], time.monotonic() + longer
+            worker.trying, worker.until = message["trying"], self.allowed(worker.case)
         elif "ready" in message:
             worker.state, worker.until, worker.trying = "ready", math.inf, None
         elif "rows" in message:
@@ -398,7 +403,7 @@ class Run:
                 self.rows.add({**told(worker.case), **worker.case["points"][message["point"]], **row})
             worker.point, worker.trying = message["point"] + 1, None
         elif "point" in message and "failed" not in message:
-            worker.point, worker.until = message["point"], time.monotonic() + longer
+            worker.point, worker.until = message["point"], self.allowed(worker.case)
         elif "failed" in message:
             self.failed(worker, message["failed"], message["lost"])
         elif "done" in message:
@@ -409,7 +414,8 @@ class Run:
     def watch(self) -> None:
         "Kill those who are late."
         for worker in [w for w in self.workers if time.monotonic() > w.until]:
-            self.lost(worker, f"no answer within {max(self.limit, 4 * (worker.case or {'seconds': 0})['seconds']):.0f} s")
+            late = START if worker.state == "starting" else max(self.limit, 4 * worker.case["seconds"])
+            self.lost(worker, "no answer when the budget was used" if time.monotonic() > self.last else f"no answer within {late:.0f} s")
 
     def failed(self, worker: Worker, why: str, lost: bool) -> None:
         "A row for what failed; the points after it are asked for again."

@@ -83,7 +83,7 @@ def contestants(case: dict, device: str) -> dict: # name → (builder of a modul
         found[name] = (build, torch.float32, low)
     return {name: how for name, how in found.items() if name not in case.get("without", ())}
 
-
+# %% ../../nbs/eval/128_gpu_cases.ipynb #be5cb0d1
 class RecurrentCase:
     "Recurrent layers of one width and batch, interleaved; points are durations and passes."
 
@@ -289,19 +289,20 @@ def recurrent_cases(device: str, quick: bool) -> list:
                     what = dict(layers=L, directions=2, hidden=H, batch=B, precision=precision)
                     found.append(case("b", "recurrent", (4 if tiny else 9 + 3 * L) * len(frames) / 2, points(frames), **what))
             if L == 1:
-                found.append(case("b", "recurrent", 5 if tiny else 40, points(frames[:1]), layers=1, directions=2, hidden=widths[0], batch=batches[0], precision=precision, also=list(also)))
+                found.append(case("b", "recurrent", 5 if tiny else 40, points(frames[:1])[1:], layers=1, directions=2, hidden=widths[0], batch=batches[0], precision=precision, also=list(also)))
     slow = dict(layers=1, directions=1, hidden=widths[0], batch=batches[0], precision="fp32")
     loops = ("LiGRU, torch loop as a CUDA graph", "LiGRU, torch loop compiled")
     return found + [case("b", "recurrent", 60, [{"frames": 50, "pass": PASSES[1]}], also=[name], **slow) for name in loops if not (tiny or quick)]
 
 
 def mixer_cases(device: str, quick: bool) -> list:
-    "Every mixer, the baseline first: beside itself it shows what the clock is worth."
+    "Every mixer, the baseline first (beside itself it shows what the clock is worth), then the recurrent ones and the control."
     tiny = device != "cuda"
-    names = sorted(list_mixers(), key=lambda n: not mixers.get(n).meta.get("baseline"))
+    first = lambda n: (not mixers.get(n).meta.get("baseline"), mixers.get(n).meta["family"] != "recurrent", not mixers.get(n).meta.get("control"))
+    names = sorted(list_mixers(), key=first)
     size = dict(width=48, batch=1, precision="fp32") if tiny else dict(width=576, batch=4, precision="bf16")
     seconds = (0.5, 1) if tiny else (10,) if quick else (10, 40, 160)
-    return [case("c", "mixer", 1 if tiny else 1.5 + 1.2 * len(seconds), [{"seconds": s} for s in seconds], mixer=n, **size) for n in names]
+    return [case("c", "mixer", 1 if tiny else 1 + 0.8 * len(seconds), [{"seconds": s} for s in seconds], mixer=n, **size) for n in names]
 
 
 def step_cases(device: str, quick: bool) -> list:
@@ -310,7 +311,7 @@ def step_cases(device: str, quick: bool) -> list:
     names = [c["mixer"] for c in mixer_cases(device, quick)]
     names = [n for n in names if mixers.get(n).meta.get("baseline") or mixers.get(n).meta.get("control")] if quick else names
     how = dict(batch=2, crop_seconds=1.0, precision="fp32") if tiny else dict(batch=32, crop_seconds=8.0, precision="bf16")
-    return [case("d", "step", 2 if tiny else 3, mixer=n, size=s, **how) for s in (("tiny",) if tiny else ("small", "base")) for n in names]
+    return [case("d", "step", 2 if tiny else 3, mixer=n, size=s, **how) for n in names for s in (("tiny",) if tiny else ("small", "base"))]
 
 
 STEPS = {"a": kernel_cases, "b": recurrent_cases, "c": mixer_cases, "d": step_cases}
