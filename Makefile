@@ -7,7 +7,7 @@ export PYTHON
 .PHONY: help run test check lab docs export clean
 
 help:
-	@echo "make run      open the explorer in a browser (first time: makes .venv, about 6 GB)"
+	@echo "make run      open the explorer in a browser (first time: makes .venv, about 7 GB on Linux)"
 	@echo "make test     every check and test (ARGS='-k shapes' picks some, ARGS=--slow adds the slow ones, JOBS=4 runs four at a time)"
 	@echo "make lab      JupyterLab on the tutorials"
 	@echo "make export   clean the notebooks, write essl_nb/ and README.md from them"
@@ -40,7 +40,7 @@ export:
 
 docs:
 	@sh tools/env.sh docs
-	@$(PY) tools/site.py
+	@$(PY) tools/website.py
 
 clean:
 	rm -rf build dist _site .cache .pytest_cache .gradio *.egg-info

@@ -2,6 +2,7 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 # The public names, each with the module it lives in; a module is imported when one of its names is first asked for.
 _HOME = {
@@ -16,6 +17,25 @@ _HOME = {
     "influence_map": "viz.mixing", "create_app": "app.explorer",
 }
 __all__ = [*_HOME]
+
+if TYPE_CHECKING:  # for editors and type checkers; a test keeps it in step with _HOME
+    from .mixers.base import list_mixers as list_mixers, build_mixer as build_mixer
+    from .mixers.checks import check_mixer as check_mixer
+    from .models.config import EncoderConfig as EncoderConfig
+    from .models.encoder import build_encoder as build_encoder
+    from .models.checkpoint import load_encoder as load_encoder
+    from .ligru.layer import LiGRU as LiGRU, SLiGRU as SLiGRU
+    from .data.corpus import load_corpus as load_corpus
+    from .objectives.objective import list_objectives as list_objectives
+    from .train.config import PretrainConfig as PretrainConfig
+    from .train.loop import pretrain as pretrain
+    from .eval.probe import list_probes as list_probes, run_probe as run_probe
+    from .eval.cost import training_cost as training_cost, deployment_cost as deployment_cost
+    from .study.study import Study as Study
+    from .study.results import load_results as load_results
+    from .study.pareto import pareto_front as pareto_front
+    from .viz.mixing import influence_map as influence_map
+    from .app.explorer import create_app as create_app
 
 
 def __getattr__(name):

@@ -215,7 +215,7 @@ def run(kernel, grid, threads, args, seed=None):
 
 
 class Simulator:
-    "An engine for essl_nb.ligru.cuda that runs here."
+    "An engine for essl_nb.ligru.gpu that runs here."
 
     piece = 3
 

@@ -183,7 +183,7 @@ def test_the_command_measures_and_answers(tmp_path, capsys):
     curves.essl_curves(**small, seconds="1")
     assert "1 rows added" in capsys.readouterr().out and len(read_lines(file)[0]) == 1
     for kw, part in [(dict(seconds="soon"), "commas between"), (dict(only="no-such", seconds="1"), "There is no mixer"), (dict(threads=0, seconds="1"), "whole number from 1")]:
-        with pytest.raises(SystemExit, match=part):
+        with pytest.raises(EsslError, match=part):
             curves.essl_curves(**{**small, **kw})
     with pytest.raises(UnknownName):
         curves.cost_curves(file, names=["no-such"])

@@ -16,7 +16,7 @@ from essl_nb.models.frontend import LogMelFrontend, frontends
 from essl_nb.models.sincnet import SincFilters, SincNetFrontend
 from essl_nb.models.spectrogram import EfficientNetFrontend
 from essl_nb.models.wav2vec2 import from_torchaudio, from_transformers, to_torchaudio
-from essl_nb.models.wave import TimeNorm, Wav2Vec2Frontend
+from essl_nb.models.waveform import TimeNorm, Wav2Vec2Frontend
 from essl_nb.train.config import PretrainConfig
 
 MIXER = next(e.name for e in mixers if e.meta.get("baseline"))

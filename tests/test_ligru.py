@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-import essl_nb.ligru.operator as operator
+import essl_nb.ligru.custom_op as operator
 from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import turned, turning
 from essl_nb.ligru.cell import ACTIVATIONS, CELLS, BatchNorm, Norm, drop_mask, recurrence
 from essl_nb.ligru.layer import LiGRU, SLiGRU
-from essl_nb.ligru.operator import explain_backend, light_operator, light_recurrence
+from essl_nb.ligru.custom_op import explain_backend, light_operator, light_recurrence
 
 KINDS = (LiGRU, SLiGRU)
 both_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.ligru import cell, cuda, operator
-from essl_nb.ligru.cuda import A100, H100, Plan
+from essl_nb.ligru import cell, custom_op as operator, gpu as cuda
+from essl_nb.ligru.gpu import A100, H100, Plan
 from essl_nb.ligru.kernels import Form, pack_weights
 from essl_nb.ligru.layer import LiGRU, SLiGRU
 

@@ -36,7 +36,7 @@ def results(layer, x, hx=None):
 @pytest.mark.parametrize("norm", ["batchnorm", "layernorm"])
 @both_kinds
 def test_a_swapped_layer_is_speechbrains(kind, norm, both, training, dtype, tolerance):
-    from essl_nb.ligru.speechbrain import swap_ligru
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
 
     before = theirs_of(kind, norm, both, dtype=dtype, dropout=0.2).train(training)
     after = swap_ligru(copy.deepcopy(before))
@@ -54,7 +54,7 @@ def test_a_swapped_layer_is_speechbrains(kind, norm, both, training, dtype, tole
 @pytest.mark.parametrize("word, affine, bias", [("tanh", True, True), ("sin", False, True), ("leaky_relu", True, False), ("relu", True, True)])
 @both_kinds
 def test_swapped_layers_take_every_option(kind, word, affine, bias):
-    from essl_nb.ligru.speechbrain import swap_ligru
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
 
     kw = dict(recurrent_elementwise_affine=affine) if kind is SLiGRU else {}
     before = theirs_of(kind, nonlinearity=word, bias=bias, **kw)
@@ -66,7 +66,7 @@ def test_swapped_layers_take_every_option(kind, word, affine, bias):
 
 @both_kinds
 def test_swapping_inside_a_model(kind):
-    from essl_nb.ligru.speechbrain import SwappedLiGRU, from_speechbrain, swap_ligru
+    from essl_nb.ligru.speechbrain_swap import SwappedLiGRU, from_speechbrain, swap_ligru
 
     inner = theirs_of(kind, layers=1)
     model = nn.ModuleDict({"a": nn.Sequential(nn.Identity(), inner), "b": inner, "c": theirs_of(kind, both=False)})
@@ -83,7 +83,7 @@ def test_swapping_inside_a_model(kind):
 @pytest.mark.parametrize("both, norm", itertools.product([True, False], ["batchnorm", "layernorm"]))
 @both_kinds
 def test_weights_go_to_speechbrain_and_back(kind, both, norm):
-    from essl_nb.ligru.speechbrain import from_speechbrain, to_speechbrain
+    from essl_nb.ligru.speechbrain_swap import from_speechbrain, to_speechbrain
 
     kw = dict(recurrent_elementwise_affine=True) if kind is SLiGRU else {}
     there = theirs_of(kind, norm, both, dropout=0.1, **kw)
@@ -102,7 +102,7 @@ def test_weights_go_to_speechbrain_and_back(kind, both, norm):
 
 
 def test_what_does_not_fit_speechbrain_is_refused():
-    from essl_nb.ligru.speechbrain import from_speechbrain, to_speechbrain
+    from essl_nb.ligru.speechbrain_swap import from_speechbrain, to_speechbrain
 
     with pytest.raises(EsslError, match="share"):
         to_speechbrain(LiGRU(4, 5, bidirectional=True))
@@ -161,7 +161,7 @@ ONNX = [dict(), dict(num_layers=2, bidirectional=True), dict(bidirectional=True,
 @pytest.mark.parametrize("options", ONNX, ids=names)
 @both_kinds
 def test_onnx_runtime_gives_the_same(kind, options, dtype, tolerance, tmp_path):
-    from essl_nb.ligru.onnx import export_onnx
+    from essl_nb.ligru.onnx_export import export_onnx
 
     runtime = pytest.importorskip("onnxruntime")
     layer = kind(7, 6, **options, **(dict(recurrent_affine=True) if kind is SLiGRU else {})).to(dtype)
@@ -180,7 +180,7 @@ def test_onnx_runtime_gives_the_same(kind, options, dtype, tolerance, tmp_path):
 
 
 def test_exporting_says_what_is_missing(monkeypatch, tmp_path):
-    from essl_nb.ligru.onnx import export_onnx
+    from essl_nb.ligru.onnx_export import export_onnx
 
     if pytest.importorskip("onnx"):
         with pytest.raises(EsslError, match="float32 or float64"):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.ligru import cuda
-from essl_nb.ligru.cuda import A100, H100, T4, capacity, plan, registers, resident
+from essl_nb.ligru import gpu as cuda
+from essl_nb.ligru.gpu import A100, H100, T4, capacity, plan, registers, resident
 from essl_nb.ligru.frames import backward_frame, forward_frame
 from essl_nb.ligru.kernels import KERNELS, Form, report
 from essl_nb.ligru.ptx import find_ptxas
@@ -83,7 +83,7 @@ def test_the_module_is_light_and_says_what_is_missing():
     code = """
 import sys
 sys.modules["numba_cuda"] = None  # as if it were not installed
-import essl_nb.ligru.cuda as cuda, essl_nb.ligru.ptx as ptx
+import essl_nb.ligru.gpu as cuda, essl_nb.ligru.ptx as ptx
 assert not [m for m in sys.modules if m.split(".")[0] in ("numba", "llvmlite")]
 import importlib.util
 ptx.find_spec = lambda name: None

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from inspect import getsource
 from itertools import product
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ from essl_nb.core.registry import EsslError, UnknownName
 from essl_nb.eval.finetune import Recogniser, augment, greedy, listen
 from essl_nb.eval.frames import Baseline, Frames, Source, duration_batches, open_encoder, statistics
 from essl_nb.eval.intervals import bootstrap_interval, paired_interval, ratio
-from essl_nb.eval.phones import edit_distance, few_labels, frame_labels, hidden_frames, phone_errors, viterbi
+from essl_nb.eval.hidden import hidden_frames
+from essl_nb.eval.phones import edit_distance, few_labels, frame_labels, phone_errors, viterbi
 from essl_nb.eval.probe import LayerHead, Score, list_probes, probes, run_probe
 from essl_nb.eval.voices import balanced_units
 from essl_nb.mixers.base import list_mixers
@@ -27,6 +29,7 @@ PHONES = "abcd"
 QUICK = {
     "phones": dict(steps=20, batch=256),
     "masked_phones": dict(steps=20, batch=256),
+    "units": dict(clusters=8, steps=20, batch=256),
     "language": dict(shots=2, draws=3, least_scored=2),
     "voice": dict(shots=2, draws=3, least_scored=2),
     "language_across": dict(shots=2, draws=3, least_scored=2, seconds=0.5, train_part="one", test_part="two"),
@@ -354,17 +357,18 @@ def test_a_probe_of_ones_own(encoder):
 # the command
 
 
-def test_command_help_has_units(tmp_path):
-    script = tmp_path / "essl_probe"
-    script.write_text("from essl_nb.eval.probe import essl_probe\nessl_probe()\n")
-    text = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(word in text for word in ("milliseconds", "95 %", "logmel:100", "minutes"))
+def test_command_says_units_and_imports_no_torch():
+    from essl_nb.eval.command import essl_probe
+
+    assert all(word in getsource(essl_probe) for word in ("milliseconds", "95 %", "logmel:100", "minutes", "hour"))
+    code = "import sys, essl_nb.eval.command; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 def test_command_on_a_folder(tmp_path, monkeypatch, capsys):
     import soundfile
 
-    from essl_nb.eval.probe import essl_probe
+    from essl_nb.eval.command import essl_probe
 
     rows, dice = ["id,path,language,voice,split"], np.random.default_rng(0)
     for i in range(16):
@@ -377,6 +381,6 @@ def test_command_on_a_folder(tmp_path, monkeypatch, capsys):
     essl_probe("logmel", "voice", str(tmp_path), options="shots=3,draws=2,least_scored=2", out=str(out))
     row = json.loads(out.read_text())
     assert row["encoder"] == "logmel" and row["value"] > 0.9 and str(out) in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="essl_probe: The probe 'phones' needs phones"):
+    with pytest.raises(EsslError, match="The probe 'phones' needs phones"):
         essl_probe("logmel", "phones", str(tmp_path), out=str(out))
     assert len(out.read_text().splitlines()) == 1

@@ -9,7 +9,7 @@ from essl_nb.mixers.base import mixers
 from essl_nb.mixers.checks import same, small_batch
 from essl_nb.mixers.fastformer import Fastformer, running_softmax
 from essl_nb.mixers.hyper import Hyper, positions
-from essl_nb.mixers.linformer import SHARING, Linformer, LinformerPooled, segments
+from essl_nb.mixers.linformer_attention import SHARING, Linformer, LinformerPooled, segments
 from essl_nb.mixers.pom import PoM
 from essl_nb.mixers.summary import Summary, SummaryLite
 

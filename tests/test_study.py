@@ -66,7 +66,7 @@ def tiny_grid(clips="bundled", names=(FIRST, SECOND), **changes):
 
 def start(grid, folder):
     command = folder.parent / "essl_study"
-    command.write_text("from essl_nb.study.study import essl_study\n\nessl_study()\n")
+    command.write_text("import sys\n\nfrom essl_nb.core.command import essl_study\n\nsys.exit(essl_study())\n")
     with open(folder.parent / f"{folder.name}.log", "ab") as log:
         return subprocess.Popen([sys.executable, str(command), str(grid), "--folder", str(folder)], stdout=log, stderr=log)
 
@@ -250,10 +250,9 @@ def test_order_runs_by_seed_then_scores_by_seed_then_costs_alone(clips, tmp_path
 def test_a_failure_leaves_no_row_and_the_others_go_on(clips, tmp_path, stand, capsys):
     stand(fail=[("run", FIRST)])
     (tmp_path / "grid.json").write_text(json.dumps(tiny_grid(clips, **FULL)))
-    with pytest.raises(SystemExit) as stop:
-        essl_study(str(tmp_path / "grid.json"))
+    code = essl_study(str(tmp_path / "grid.json"))
     told = capsys.readouterr().err
-    assert stop.value.code == 1 and "it was told to fail" in told and "To go on:" in told and "wait for pre-trainings" in told
+    assert code == 1 and "it was told to fail" in told and "To go on:" in told and "wait for pre-trainings" in told
     study = Study(tmp_path / "grid.json")
     assert {(c.kind, c.what["encoder"]) for c in study.todo()} == {("run", FIRST), ("score", FIRST)}
     stand()
@@ -359,7 +358,7 @@ WRONG = {
     "card": ({"costs": [{"card": "parking"}]}, "parking"),
     "card option": ({"costs": [{"card": "training", "kw": {"colour": 1}}]}, "colour"),
     "field": ({"sedes": [0]}, "did you mean 'seeds'"),
-    "no list": ({"probes": {"name": "phones"}}, "list of objects"),
+    "no list": ({"probes": {"name": "phones"}}, "a list of objects"),
 }
 
 
@@ -372,12 +371,12 @@ def test_illegal_grids_are_refused_in_one_sentence(what, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text, word", [("{", "not JSON"), ("[]", "JSON object"), (None, "no grid file")])
+@pytest.mark.parametrize("text, word", [("{", "not JSON"), ("[]", "must hold an object"), (None, "no grid file")])
 def test_grid_files_that_are_none(text, word, tmp_path):
     path = tmp_path / "grid.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SystemExit, match=word):
+    with pytest.raises(EsslError, match=word):
         essl_study(str(path))
 
 

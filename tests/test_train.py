@@ -19,6 +19,7 @@ from essl_nb.data.corpus import load_corpus
 from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.objectives.objective import list_objectives, objectives
+from essl_nb.train import folder as folder_module
 from essl_nb.train import loop
 from essl_nb.train.config import PretrainConfig
 from essl_nb.train.loop import pretrain
@@ -66,6 +67,7 @@ import json, sys, time
 import torch
 torch.set_num_threads(1)
 from essl_nb.core.config import from_json
+from essl_nb.train import folder as folder_module
 from essl_nb.train import loop
 step = loop.train_step
 def slowly(run):
@@ -109,7 +111,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folder_of_clips, tmp_path,
             part.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loop, "save_tensors", no_room)
+    monkeypatch.setattr(folder_module, "save_tensors", no_room)
     with pytest.raises(EsslError, match="disk is full"):
         quiet(config, tmp_path / "run")
     monkeypatch.undo()
@@ -179,7 +181,7 @@ def test_settings_survive_json(folder_of_clips):
 
 
 def test_the_command_answers_a_misspelt_mixer_in_one_sentence(tmp_path):
-    command = [Path(sys.executable).with_name("essl_pretrain"), NAMES[0] + "x", "--folder", tmp_path / "run"]
+    command = [sys.executable, "-c", "import sys; from essl_nb.core.command import essl_pretrain; sys.exit(essl_pretrain())", NAMES[0] + "x", "--folder", tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and f"did you mean {NAMES[0]!r}" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

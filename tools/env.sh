@@ -32,8 +32,8 @@ key=$({ pwd; cat settings.ini setup.py constraints.txt; } | cksum | tr ' ' -)
 ready() { [ -x .venv/bin/python ] && [ "$(cat ".venv/essl-$1" 2>/dev/null)" = "$key" ]; }
 
 case $want in
-    run) ready run && exit 0; target=. ;;
-    dev | docs) ready "$want" && exit 0; target=".[$want]" ;;
+    run) ready run && exit 0; target=".[study,app]" ;;
+    dev | docs) ready "$want" && exit 0; target=".[all,$want]" ;;
     *) stop "tools/env.sh knows run, dev, docs and browser, not '$want'." ;;
 esac
 

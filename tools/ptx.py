@@ -10,7 +10,7 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
-from essl_nb.ligru.cuda import A100, H100, plan, shared_bytes
+from essl_nb.ligru.gpu import A100, H100, plan, shared_bytes
 from essl_nb.ligru.frames import backward_frame, forward_frame
 from essl_nb.ligru.kernels import KERNELS, Form, report
 from essl_nb.ligru.ptx import find_ptxas

@@ -1,1 +1,4 @@
+"""The explorer."""
+from essl_nb.core.extras import need
 
+need("gradio", "pandas", "plotly", extra="app", to="show the explorer")

@@ -13,10 +13,13 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import write_json
 from .registry import EsslError
+from .stop import GRACE, end_softly
 
 # %% ../../nbs/core/04_fresh.ipynb #2fc2b6d3
 class Fresh(NamedTuple):
@@ -76,7 +79,7 @@ def child_main():
 
     def end_with_parent():
         sys.stdin.buffer.read()
-        os._exit(1)
+        end_softly()
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     result = {}
@@ -89,14 +92,14 @@ def child_main():
                 registry.register(name, **meta)(obj)
         result["value"] = fn(*args, **kw)
         result["peak"] = own_peak()
-        text = json.dumps(result)
+        json.dumps(result)
     except EsslError as e:
-        text = json.dumps({"essl": str(e)})
+        result = {"essl": str(e)}
     except BaseException:
         import traceback
 
-        text = json.dumps({"trace": traceback.format_exc()})
-    out.write_text(text)
+        result = {"trace": traceback.format_exc()}
+    write_json(out, result)
     sys.stdout.flush()
     os._exit(0)
 
@@ -119,14 +122,16 @@ def run_fresh(
         command = [sys.executable, "-c", "from essl_nb.core.fresh import child_main; child_main()", str(out)]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=sink, env=env)
         try:
-            child.stdin.write(b"%d %d\n" % (len(blob), threads) + blob)
-            child.stdin.flush()
+            with suppress(BrokenPipeError):  # a child that died at once is heard below
+                child.stdin.write(b"%d %d\n" % (len(blob), threads) + blob)
+                child.stdin.flush()
             wait_for(child, timeout)
         finally:
             if child.returncode is None:
                 child.kill()
                 child.wait()
-            child.stdin.close()
+            with suppress(BrokenPipeError):
+                child.stdin.close()
         log.seek(0)
         said = log.read().decode("utf-8", "replace")[-2000:]
         log.close()
@@ -139,8 +144,13 @@ def run_fresh(
 
 # %% ../../nbs/core/04_fresh.ipynb #3a845190
 def wait_for(child, timeout: float | None):
-    "Wait for a child. Raises EsslError where it takes longer than `timeout` seconds."
+    "Wait for a child. Raises EsslError where it takes longer than `timeout` seconds; stopped from outside, gives the child time to save."
     try:
         child.wait(timeout)
+    except (KeyboardInterrupt, SystemExit):
+        child.stdin.close()  # which tells it to stop
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
+        raise
     except subprocess.TimeoutExpired:
         raise EsslError(f"A fresh process ran past its {timeout:g} s and was stopped; allow more time or ask for less.") from None

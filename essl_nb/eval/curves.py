@@ -4,9 +4,14 @@
 
 # %% auto #0
 __all__ = ['SECONDS', 'WIDTHS', 'BATCHES', 'PASSES', 'FRAMES', 'GIVEN', 'SHORT', 'LONG', 'KEPT', 'RATE', 'GIB', 'LONGEST',
-           'ALWAYS', 'NEVER', 'unit', 'one_call', 'allocated_peak', 'clocked', 'by_rounds', 'measure_point', 'work',
-           'effort', 'foretold', 'why_not', 'points', 'known_points', 'point_seconds', 'cost_curves', 'point_head',
-           'curve_row', 'load_curves', 'exponents', 'crossing', 'crossover', 'ceiling', 'essl_curves', 'plan_text']
+           'ALWAYS', 'NEVER', 'unit', 'one_call', 'by_rounds', 'measure_point', 'work', 'effort', 'foretold', 'why_not',
+           'points', 'whose', 'known_points', 'point_seconds', 'cost_curves', 'point_head', 'curve_row', 'load_curves',
+           'exponents', 'crossing', 'crossover', 'ceiling', 'essl_curves', 'plan_text']
+
+# %% ../../nbs/eval/66_curves.ipynb #45dbb3b8
+from ..core.extras import need
+
+need("pandas", extra="study", to="tabulate curves")
 
 # %% ../../nbs/eval/66_curves.ipynb #c3c8cd9d
 import functools
@@ -17,8 +22,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.script import call_parse, store_true
-from torch.autograd import profiler
 from tqdm.auto import tqdm
 
 from ..core.files import append_line, read_lines
@@ -26,7 +29,7 @@ from ..core.fresh import run_fresh
 from ..core.registry import EsslError, nearest
 from .cost import baseline_mixer, digits, triple
 from .machine import check_seconds, check_threads, library_versions, machine_record
-from .measure import exponent
+from .measure import allocated_peak, exponent, meter_of, wall
 from ..mixers.base import count_macs, list_mixers, mixers
 from ..models.block import TransformerBlock
 from ..models.encoder import initialise
@@ -55,9 +58,9 @@ def unit(
     return made
 
 
-def one_call(module: torch.nn.Module, T: int, width: int, batch: int, which: str):
+def one_call(module: torch.nn.Module, T: int, width: int, batch: int, which: str, device: str = "cpu"):
     "A function that runs one pass over `batch` utterances of T frames; the loss of a backward pass is the sum."
-    x = torch.randn(batch, T, width, generator=torch.Generator().manual_seed(0))
+    x, module = torch.randn(batch, T, width, generator=torch.Generator().manual_seed(0)).to(device), module.to(device)
     if which == "forward":
         module.eval()
 
@@ -73,30 +76,8 @@ def one_call(module: torch.nn.Module, T: int, width: int, batch: int, which: str
 
     return call
 
-# %% ../../nbs/eval/66_curves.ipynb #b9aa9f7d
-def allocated_peak(
-    call, # a function without arguments
-) -> int: # bytes
-    "The most that PyTorch's CPU allocator held during a call above what it held before."
-    settings, here = profiler.profile(use_kineto=True, profile_memory=True).config(), {profiler.ProfilerActivity.CPU}
-    profiler._prepare_profiler(settings, here)
-    profiler._enable_profiler(settings, here, {torch._C._profiler.RecordScope.USER_SCOPE})
-    try:
-        call()
-    finally:
-        result = profiler._disable_profiler()
-    steps = [e.nbytes() for e in result.events() if e.name() == "[memory]"]
-    return int(max(0, np.cumsum(steps).max())) if steps else 0
-
 # %% ../../nbs/eval/66_curves.ipynb #090328ad
 SHORT, LONG = 2.0, 20.0  # s: rounds shorter than this are repeated seven times at least, and up to this long five times, longer ones three times
-
-
-def clocked(call) -> float: # s
-    "Wall time of a call."
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def by_rounds(
@@ -107,15 +88,16 @@ def by_rounds(
     budget: float = 5.0, # s; rounds go on until it is used
     least: int | None = None, # rounds; None: by how long one takes
     most: int = 25, # rounds
+    clock=wall, # what times a call, s: a meter's `clock`
 ) -> dict: # name → [[own, mean of the neighbouring two of attention], …], seconds
-    "Wall times by rounds, each mixer between two calls of attention."
+    "Times by rounds, each mixer between two calls of attention."
     names, times, began, rounds = list(calls), {n: [] for n in calls}, time.perf_counter(), 0
     groups = [names[i : i + every] for i in range(0, len(names), every)]
     while True:
-        before = clocked(rival)
+        before = clock(rival)
         for group in groups:
-            own = {name: clocked(calls[name]) for name in group}
-            after = clocked(rival)
+            own = {name: clock(calls[name]) for name in group}
+            after = clock(rival)
             for name, t in own.items():
                 times[name].append([t, (before + after) / 2])
             before = after
@@ -134,32 +116,33 @@ def measure_point(
     seconds: float, # of speech
     budget: float, # s for the rounds of each level
     least: int | None = None, # rounds; None: by how long one takes
+    device: str = "cpu", # cpu or cuda
 ) -> dict: # mixer → {"times", "peak", "baseline_peak", "every"} or {"failed": why}
     "For a fresh process: times by rounds, and the allocator's peaks, each in a call of its own."
-    T, rival, found = round(seconds * FRAMES), baseline_mixer(), {}
-    make = lambda name, block: one_call(unit(name, width, block), T, width, batch, which)
+    T, rival, found, meter = round(seconds * FRAMES), baseline_mixer(), {}, meter_of(device)
+    make = lambda name, block: one_call(unit(name, width, block), T, width, batch, which, device)
     for block in (False, True):
         mine, calls = [n for n in names if mixers.get(n).obj.whole_block == block], {}
         if not mine:
             continue
         reference = make(rival, block)
         reference()
-        every = 2 if clocked(reference) < 0.5 else 6
+        every = 2 if meter.clock(reference) < 0.5 else 6
         for n in mine:
             try:
                 calls[n] = make(n, False)  # a whole block brings its own surroundings
-                calls[n]()
+                calls[n](), meter.ready()
             except Exception as e:
                 found[n] = {"failed": f"{type(e).__name__}: {e}"[:300]}
         calls = {n: c for n, c in calls.items() if n not in found}
-        times = by_rounds(reference, calls, every=every, budget=budget, least=least) if calls else {}
-        base = allocated_peak(reference)
-        found |= {n: {"times": t, "peak": allocated_peak(calls[n]), "baseline_peak": base, "every": every} for n, t in times.items()}
+        times = by_rounds(reference, calls, every=every, budget=budget, least=least, clock=meter.clock) if calls else {}
+        base = meter.peak(reference)
+        found |= {n: {"times": t, "peak": meter.peak(calls[n]), "baseline_peak": base, "every": every} for n, t in times.items()}
     return found
 
 # %% ../../nbs/eval/66_curves.ipynb #effd946f
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**35), "MALLOC_TOP_PAD_": str(2**28)}  # glibc: freed memory stays with the process
-RATE = 2e10  # multiply-accumulates a second on one core, a low guess
+RATE = {"cpu": 2e10, "cuda": 1e12}  # multiply-accumulates a second of one core and of a GPU, low guesses
 GIB = 2**30
 
 
@@ -181,26 +164,27 @@ def foretold(
     mixer: str, # a registered mixer
     point: tuple, # width, batch, pass, seconds
     known: dict, # GIVEN → row
+    device: str = "cpu", # cpu or cuda
 ) -> tuple: # s, bytes
     "Time and memory of a call, from the most similar of what is known."
     own = [r for k, r in known.items() if k[0] == mixer and "skipped" not in r]
     mine, power = effort(mixer, *point), 2 if mixers.get(mixer).meta.get("memory") == "T^2" else 1
     if not own:
         heads = 4 * 3 * 4 * point[1] * (point[3] * FRAMES) ** 2 if power == 2 else 0  # a few T × T tensors of four heads
-        return mine / RATE, heads * (3 if point[2] != "forward" else 1)
+        return mine / RATE[device], heads * (3 if point[2] != "forward" else 1)
     away = lambda r: (r["pass"] != point[2], abs(math.log(effort(*(r[k] for k in GIVEN)) / mine)))
     r = min(own, key=away)
     bytes_ = (r["peak_bytes"] or 0) * (point[3] / r["seconds"]) ** power * point[1] / r["batch"] * point[0] / r["width"]
     return r["time_s"] * mine / effort(*(r[k] for k in GIVEN)), bytes_ * (3 if point[2] != "forward" == r["pass"] else 1)
 
 
-def why_not(mixer: str, point: tuple, known: dict, most_seconds: float, most_gib: float) -> str | None:
+def why_not(mixer: str, point: tuple, known: dict, most_seconds: float, most_gib: float, device: str = "cpu") -> str | None:
     "Why a mixer is left out of a point; None where it is not."
     with torch.device("meta"):
         limit = getattr(unit(mixer, point[0]), "max_frames", None)
     if limit is not None and round(point[3] * FRAMES) > limit:
         return f"it takes {limit:,} frames at most"
-    seconds, bytes_ = foretold(mixer, point, known)
+    seconds, bytes_ = foretold(mixer, point, known, device)
     if seconds > most_seconds:
         return f"a call is thought to take {seconds:.0f} s, and {most_seconds:g} s are allowed"
     if bytes_ > most_gib * GIB:
@@ -222,12 +206,17 @@ def points(widths=WIDTHS, batches=BATCHES, passes=PASSES, seconds=None) -> list:
     return [(w, b, p, s) for p in passes for w in widths for b in batches for s in wanted if s <= longest(w, b, p)]
 
 
-def known_points(path) -> dict: # GIVEN → row, the newest
-    "What a file holds. Raises EsslError where it was measured on another processor."
-    rows, here = (read_lines(path)[0] if Path(path).exists() else []), machine_record()["cpu"]
+def whose(machine: dict) -> str:
+    "What decides the times of a row: the GPU where there is one in it, else the processor."
+    return machine.get("gpu") or machine["cpu"]
+
+
+def known_points(path, device: dict | None = None) -> dict: # GIVEN → row, the newest; device: what a GPU's meter says of it
+    "What a file holds. Raises EsslError where it was measured on another processor or GPU."
+    rows, here = (read_lines(path)[0] if Path(path).exists() else []), whose(machine_record() | (device or {}))
     for r in rows:
-        if "made" in r and r["made"]["machine"]["cpu"] != here:
-            raise EsslError(f"{path} was measured on {r['made']['machine']['cpu']}, and this is {here}; give another file, since their times cannot stand in one curve.")
+        if "made" in r and (there := whose(r["made"]["machine"])) != here:
+            raise EsslError(f"{path} was measured on {there}, and this is {here}; give another file, since their times cannot stand in one curve.")
     return {tuple(r[k] for k in GIVEN): r for r in rows}
 
 
@@ -236,9 +225,10 @@ def point_seconds(
     point: tuple, # width, batch, pass, seconds
     known: dict, # GIVEN → row
     budget: float, # s for the rounds
+    device: str = "cpu", # cpu or cuda
 ) -> float: # s
     "How long a point is thought to take: start, warm-up, rounds, and the calls under the profiler."
-    guess, total = lambda n: foretold(n, point, known)[0], 5.0
+    guess, total = lambda n: foretold(n, point, known, device)[0], 5.0
     for block in (False, True):
         mine = [guess(n) for n in names if mixers.get(n).obj.whole_block == block]
         rival = guess(baseline_mixer()) * ((4 + 8) / 4 if block else 1)
@@ -264,25 +254,27 @@ def cost_curves(
     least: int | None = None, # rounds; None: by how long one takes
     again: bool = False, # measure what is there anew; the newest row counts
     progress: bool = True, # show a bar
+    device: str = "cpu", # cpu or cuda
 ) -> int: # rows added
-    "Measure what is not there yet. Raises EsslError for unknown names and for threads or durations that cannot be."
+    "Measure what is not there yet. Raises EsslError for unknown names and for threads, durations or devices that cannot be."
     names = list_mixers() if names is None else [mixers.get(n).name for n in names]
     check_threads(threads)
-    todo, known, added = points(widths, batches, passes, seconds), known_points(path), 0
+    gpu = meter_of(device).record()
+    todo, known, added = points(widths, batches, passes, seconds), known_points(path, gpu), 0
     there = set() if again else set(known)
     for p in (bar := tqdm(todo, unit="point", disable=not progress)):
         bar.set_description(f"width {p[0]}, batch {p[1]}, {p[2]}, {p[3]:g} s")
         rows, missing = {}, [n for n in names if (n, *p) not in there or "skipped" in known[(n, *p)]]
-        rival = why_not(baseline_mixer(), p, known, most_seconds, most_gib) if missing else None
+        rival = why_not(baseline_mixer(), p, known, most_seconds, most_gib, device) if missing else None
         for n in missing:
-            if reason := why_not(n, p, known, most_seconds, most_gib) or (rival and f"attention beside it: {rival}"):
+            if reason := why_not(n, p, known, most_seconds, most_gib, device) or (rival and f"attention beside it: {rival}"):
                 rows[n] = {"skipped": reason}
         able = [n for n in missing if n not in rows]
         try:
-            found = run_fresh(measure_point, able, *p, budget, least, threads=threads, environment=KEPT).value if able else {}
+            found = run_fresh(measure_point, able, *p, budget, least, device, threads=threads, environment=KEPT).value if able else {}
         except RuntimeError as e:  # the whole process ended, most likely for want of memory
             found = {n: {"failed": str(e).strip().splitlines()[-1][:200]} for n in able}
-        made = {"threads": threads, "precision": "fp32", "machine": machine_record(), "versions": library_versions()}
+        made = {"threads": threads, "precision": "fp32", "machine": machine_record() | gpu, "versions": library_versions()}
         rows |= {n: curve_row(n, p, f, made) for n, f in found.items()}
         for n, row in rows.items():
             row = point_head(n, p) | row
@@ -384,45 +376,43 @@ def ceiling(
     return fixed / (T + fixed)
 
 # %% ../../nbs/eval/66_curves.ipynb #b698e57f
-@call_parse
 def essl_curves(
-    path: str = "results/curves/rows.jsonl", # Rows are appended to this file; points that it holds are not measured again
+    path: str = "results/curves/rows.jsonl", # Rows are appended to this file; points that it holds are not measured again. One file holds one processor or GPU
     only: str = "", # Mixers, with commas between; empty: all that are registered
     widths: str = "256,576", # Widths D
     batches: str = "1,6", # Utterances side by side
     seconds: str = "", # Durations (s), such as 1,10,60; empty: 1 to 160, of costly series the shorter ones
     passes: str = "forward,forward+backward", # What is timed
     threads: int = 1, # Compute threads
+    device: str = "cpu", # cpu or cuda
     most_seconds: float = 10.0, # Calls thought to take longer (s) are skipped, and a row says so
     most_gib: float = 6.0, # Calls thought to take more memory (GiB) are skipped, and a row says so
     budget: float = 4.0, # Seconds that the rounds of a point may fill; at least 3 to 7 rounds are made
-    again: store_true = False, # Measure points anew that the file holds
-    dry: store_true = False, # List the points with an estimate of their time and measure nothing else
+    again: bool = False, # Measure points anew that the file holds
+    dry: bool = False, # List the points with an estimate of their time and measure nothing else
 ):
     "Measure time (s) and memory (bytes) of every mixer against the duration of speech, beside fused attention."
     numbers = lambda text, kind: tuple(kind(v) for v in text.split(","))
     try:
-        grid = dict(widths=numbers(widths, int), batches=numbers(batches, int), passes=tuple(passes.split(",")), seconds=numbers(seconds, float) if seconds else None)
-        names = [mixers.get(n).name for n in only.split(",")] if only else list_mixers()
-        if dry:
-            return print(plan_text(path, names, points(**grid), budget, again, threads))
-        added = cost_curves(path, names=names, threads=threads, most_seconds=most_seconds, most_gib=most_gib, budget=budget, again=again, **grid)
-    except EsslError as e:
-        raise SystemExit(f"essl_curves: {e}") from None
+        grid = dict(widths=numbers(widths, int), batches=numbers(batches, int), seconds=numbers(seconds, float) if seconds else None)
     except ValueError as e:
-        raise SystemExit(f"essl_curves: {e}; give numbers with commas between, such as 1,10,60.") from None
+        raise EsslError(f"{e}; give numbers with commas between, such as 1,10,60.") from None
+    grid["passes"], names = tuple(passes.split(",")), [mixers.get(n).name for n in only.split(",")] if only else list_mixers()
+    if dry:
+        return print(plan_text(path, names, points(**grid), budget, again, threads, device))
+    added = cost_curves(path, names=names, threads=threads, most_seconds=most_seconds, most_gib=most_gib, budget=budget, again=again, device=device, **grid)
     print(f"{added} rows added to {path}")
 
 
-def plan_text(path, names, todo, budget: float, again: bool, threads: int) -> str: # lines
+def plan_text(path, names, todo, budget: float, again: bool, threads: int, device: str = "cpu") -> str: # lines
     "The points that are to be measured and how long each is thought to take, from what is known and one call of 10 s of every mixer."
-    known, lines, total = known_points(path), [], 0.0
+    known, lines, total = known_points(path, meter_of(device).record()), [], 0.0
     glimpse = (256, 1, "forward", 10.0)
-    fresh = run_fresh(measure_point, names, *glimpse, 0.0, 1, threads=threads).value
+    fresh = run_fresh(measure_point, names, *glimpse, 0.0, 1, device, threads=threads).value
     guess = known | {(n, *glimpse): point_head(n, glimpse) | curve_row(n, glimpse, f, {}) for n, f in fresh.items() if (n, *glimpse) not in known}
     for p in todo:
         mine = [n for n in names if again or (n, *p) not in known or "skipped" in known[(n, *p)]]
-        took = point_seconds(mine, p, guess, budget) if mine else 0.0
+        took = point_seconds(mine, p, guess, budget, device) if mine else 0.0
         total += took
         lines.append(f"width {p[0]:4}  batch {p[1]:2}  {p[2]:16}  {p[3]:6g} s  {round(p[3] * FRAMES):5} frames  {len(mine):3} mixers  about {took:4.0f} s")
     return "\n".join([*lines, f"about {total / 60:.0f} min in all"])

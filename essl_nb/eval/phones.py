@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAUSES', 'PENALTIES', 'phone_part', 'phone_classes', 'in_split', 'few_labels', 'frame_labels', 'phone_sequence',
-           'viterbi', 'phone_errors', 'spoken', 'by_utterance', 'labels_of', 'frame_units', 'phones', 'hidden_frames',
-           'masked_phones']
+           'viterbi', 'phone_errors', 'spoken', 'labels_of', 'frame_units', 'phones', 'masked_phones']
 
 # %% ../../nbs/eval/74_phones.ipynb #177ff7f3
 from dataclasses import replace
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor
 from torchaudio.functional import edit_distance
 
-from ..core.config import derive_seed
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, pad_sequences
+from .hidden import by_utterance, hidden_score
 from .probe import posteriors, probes, train_head
-from ..objectives.spans import draw_spans, start_prob_for
 
 # %% ../../nbs/eval/74_phones.ipynb #2d156c4a
 PAUSES = frozenset({"pau", "sil", "sp", "SIL", "SP", ""})
@@ -29,7 +27,7 @@ def phone_part(
     corpus, # a Corpus
     part: str | None = None, # the part to read; the one with the most labelled seconds by default
 ) -> list: # utterances that bear phones
-    "The utterances of one part that bear phone labels. Raises EsslError where there are none."
+    "The utterances of one part that bear phone labels. Raises EsslError where there are none, or pauses alone."
     seconds = {}
     for u in corpus:
         if u.phones:
@@ -37,7 +35,10 @@ def phone_part(
     part = max(seconds, key=seconds.get) if part is None and seconds else part
     if part not in seconds:
         raise EsslError(f"The part {part!r} has no phone labels; parts that have some: {', '.join(map(repr, seconds)) or 'none'}.")
-    return [u for u in corpus if u.phones and u.part == part]
+    known = [u for u in corpus if u.phones and u.part == part]
+    if phone_classes(known) == ["pau"]:
+        raise EsslError(f"The part {part!r} is labelled with pauses alone ({', '.join(sorted(PAUSES - {''}))}); the probe asks about phones.")
+    return known
 
 
 def phone_classes(utterances) -> list: # sorted names
@@ -45,20 +46,26 @@ def phone_classes(utterances) -> list: # sorted names
     return sorted({"pau" if p.label in PAUSES else p.label for u in utterances for p in u.phones})
 
 
-def in_split(utterances, split: str) -> list:
-    "The utterances of one split. Raises EsslError where it is empty."
+def in_split(
+    utterances,
+    split: str,
+    least: int = 1, # utterances needed: two in the split that is scored, for the interval
+) -> list:
+    "The utterances of one split. Raises EsslError where there are too few."
     if not (chosen := [u for u in utterances if u.split == split]):
-        raise EsslError(f"No labelled utterance is in the split {split!r}; the probe needs some in train, in valid and in the split that it scores.")
+        raise EsslError(f"No utterance that the probe can use is in the split {split!r}; it needs some in train and in the split that it scores, and phone probes in valid.")
+    if len(chosen) < least:
+        raise EsslError(f"The split {split!r} has {len(chosen)} utterance, and an interval needs at least {least}; give more recordings, or another split.")
     return chosen
 
 
 def few_labels(
     utterances, # of the train split
-    labels: str, # "all", "10min" or "10%"
+    labels: str, # "all", "1h", "10min" or "10%"
 ) -> list:
-    "Every utterance, or every k-th: about ten minutes of them, or a tenth."
+    "Every utterance, or every k-th: about an hour or ten minutes of them, or a tenth."
     minutes = sum(u.seconds for u in utterances) / 60
-    every = {"all": 1, "10min": max(1, round(minutes / 10)), "10%": 10}[labels]
+    every = {"all": 1, "1h": max(1, round(minutes / 60)), "10min": max(1, round(minutes / 10)), "10%": 10}[labels]
     return utterances[::every]
 
 # %% ../../nbs/eval/74_phones.ipynb #dfd563ae
@@ -67,13 +74,14 @@ def frame_labels(
     T: int, # frames
     frame_seconds: float, # from frame to frame
     classes: list, # of phone_classes
+    centre_seconds: float = 0.005, # from a frame's number times `frame_seconds` to the sound that it is about
 ) -> Tensor: # (T,) int64, -1 where nothing is labelled
     "The class of each frame."
     number = {name: i for i, name in enumerate(classes)}
     starts = torch.tensor([p.start for p in utterance.phones], dtype=torch.float64)
     ends = torch.tensor([p.end for p in utterance.phones], dtype=torch.float64)
     known = torch.tensor([number["pau" if p.label in PAUSES else p.label] for p in utterance.phones])
-    times = torch.arange(T, dtype=torch.float64) * frame_seconds + 0.005
+    times = torch.arange(T, dtype=torch.float64) * frame_seconds + centre_seconds
     at = torch.searchsorted(starts, times, right=True) - 1
     inside = (at >= 0) & (times < ends[at.clamp(min=0)])
     return torch.where(inside, known[at.clamp(min=0)], -1)
@@ -133,15 +141,10 @@ def spoken(utterance, classes: list) -> list: # class numbers
     return [classes.index(p.label) for p in utterance.phones if p.label not in PAUSES]
 
 # %% ../../nbs/eval/74_phones.ipynb #8e76ad50
-def by_utterance(frames, values: Tensor) -> list: # of tensors
-    "Cut one long list of per-frame values into utterances."
-    return [values[first:last] for first, last in frames.bounds.values()]
-
-
 def labels_of(job, utterances, classes) -> dict: # id → (T,)
     "Frame labels of these utterances."
     sizes = job.source.lengths(utterances)
-    return {u.id: frame_labels(u, sizes[u.id], job.source.frame_seconds, classes) for u in utterances}
+    return {u.id: frame_labels(u, sizes[u.id], job.source.frame_seconds, classes, job.source.centre_seconds) for u in utterances}
 
 
 def frame_units(
@@ -170,13 +173,13 @@ def phones(
     known = phone_part(job.corpus, part)
     classes = phone_classes(known)
     pause = classes.index("pau") if "pau" in classes else -1
-    train, score, tune = few_labels(in_split(known, "train"), job.labels), in_split(known, job.split), in_split(known, "valid")
+    train, score, tune = few_labels(in_split(known, "train"), job.labels), in_split(known, job.split, 2), in_split(known, "valid")
 
     frames = job.source.frames(train, progress=job.progress)
     labels = torch.cat(list(labels_of(job, train, classes).values()))
     labelled = frames.only(labels >= 0)
     model = train_head(labelled, labels[labels >= 0], len(classes), head=job.head, steps=steps, weight_decay=weight_decay,
-        lr=lr, batch=batch, seed=job.seed, progress=job.progress, name="phones")
+        lr=lr, batch=batch, seed=job.seed, device=job.source.device, progress=job.progress, name="phones")
 
     logp = {}
     for split, utterances in {"valid": tune, job.split: score}.items():
@@ -194,20 +197,6 @@ def phones(
     return replace(job.score("accuracy", units, ids, sum(n for _, n in units), **shared), also=(per,))
 
 # %% ../../nbs/eval/74_phones.ipynb #e033bbcd
-def hidden_frames(
-    utterance,
-    T: int, # frames
-    *,
-    span_ms: int, # length of a span
-    share: float, # of the frames to hide
-    frame_seconds: float,
-) -> Tensor: # (T,) bool, True = hidden
-    "The fixed mask of an utterance."
-    span = round(span_ms / 1000 / frame_seconds)
-    dice = torch.Generator().manual_seed(derive_seed("masked phones", utterance.id, span, share))
-    return draw_spans(torch.tensor([T]), span=span, start_prob=start_prob_for(share, span), generator=dice)[0]
-
-
 @probes.register("masked_phones", needs="phones", labels=("all", "10min"), heads=("linear", "mlp"), metric="accuracy", better="higher")
 def masked_phones(
     job, # what to probe
@@ -219,27 +208,14 @@ def masked_phones(
     part: str | None = None, # of the corpus; the one with the most phone labels by default
 ):
     "Name the phones of hidden frames."
-    if not (20 <= span_ms <= 2000 and 0 < share < 1):
-        raise EsslError(f"span_ms is {span_ms} and share {share}; give 20 to 2000 milliseconds, and a share between 0 and 1.")
     known = phone_part(job.corpus, part)
     classes = phone_classes(known)
     pause = classes.index("pau") if "pau" in classes else -1
-    train, score = few_labels(in_split(known, "train"), job.labels), in_split(known, job.split)
+    train, score = few_labels(in_split(known, "train"), job.labels), in_split(known, job.split, 2)
 
-    def read(utterances):
-        "Kept frames and their labels."
-        labels, sizes = labels_of(job, utterances, classes), job.source.lengths(utterances)
-        spans = {u.id: hidden_frames(u, sizes[u.id], span_ms=span_ms, share=share, frame_seconds=job.source.frame_seconds) for u in utterances}
-        keep = {id: spans[id] & (labels[id] >= 0) & (labels[id] != pause) for id in spans}
-        frames = job.source.frames(utterances, name=f"hidden {span_ms} ms, {share}, {part}", spans=spans, keep=keep, progress=job.progress)
-        hidden = sum(int(s.sum()) for s in spans.values()) / sum(sizes.values())
-        return frames, torch.cat([labels[id][keep[id]] for id in keep]), hidden
+    def label(utterances):
+        "Frame labels without pauses."
+        return {id: torch.where(of == pause, -1, of) for id, of in labels_of(job, utterances, classes).items()}
 
-    frames, labels, _ = read(train)
-    model = train_head(frames, labels, len(classes), head=job.head, steps=steps, lr=lr, batch=batch,
-        seed=job.seed, progress=job.progress, name="masked phones")
-    frames, labels, hidden = read(score)
-    right = by_utterance(frames, posteriors(model, frames).argmax(-1) == labels)
-    return job.score("accuracy", [[int(r.sum()), len(r)] for r in right], [u.id for u in score], len(labels), part=score[0].part,
-        classes=len(classes), span_ms=span_ms, share=share, hidden_share=round(hidden, 4), steps=steps, train_utterances=len(train),
-        layer_weights=[round(w, 4) for w in model.mix.softmax(0).tolist()])
+    return hidden_score(job, train, score, label, classes, span_ms=span_ms, share=share, steps=steps, lr=lr, batch=batch,
+        name="masked phones", part=score[0].part)

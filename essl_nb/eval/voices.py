@@ -14,19 +14,21 @@ from tqdm.auto import tqdm
 
 from ..core.config import derive_seed
 from ..core.registry import EsslError
-from .frames import pooled
+from .frames import Piece, pooled
 from .probe import probes
 
 # %% ../../nbs/eval/75_voices.ipynb #72750549
 def crop(
-    mel: Tensor, # (T,80) raw log-mel
+    utterance,
+    mel: Tensor, # (T,80) its raw log-mel
     frames: int, # of the crop
     *seed, # names the draw
-) -> Tensor: # (frames,80)
+) -> Piece:
     "The loudest of four places drawn at random."
     dice = torch.Generator().manual_seed(derive_seed("crop", *seed))
     starts = torch.randint(len(mel) - frames + 1, (4,), generator=dice).tolist()
-    return max((mel[s : s + frames] for s in starts), key=lambda part: part.mean().item())
+    start = max(starts, key=lambda s: mel[s : s + frames].mean().item())
+    return Piece(f"{utterance.id} from {start}, {frames} frames", utterance, start, frames)
 
 # %% ../../nbs/eval/75_voices.ipynb #fbb99dfe
 def train_draws(
@@ -125,14 +127,14 @@ def few_shot(
     learn = {name: learn[name] for name in names}
     drawn = [pick(learn, shots, label, job.seed, r) for r in range(draws)]
     scored = [(u, number) for number, name in enumerate(names) for u in test[name]]
-    mels = [crop(features[u.id], size, u.id, r) for r, chosen in enumerate(drawn) for u, _ in chosen]
-    x = pooled(job.source, mels + [crop(features[u.id], size, u.id, "scored") for u, _ in scored], progress=job.progress)
-    std, mean = torch.std_mean(x[: len(mels)], 0, correction=0)
+    learnt = [crop(u, features[u.id], size, u.id, r) for r, chosen in enumerate(drawn) for u, _ in chosen]
+    x = pooled(job.source, learnt + [crop(u, features[u.id], size, u.id, "scored") for u, _ in scored], progress=job.progress)
+    std, mean = torch.std_mean(x[: len(learnt)], 0, correction=0)
     x = (x - mean) / std.clamp(min=1e-3)
     labels = torch.tensor([[number for _, number in chosen] for chosen in drawn])
-    model = train_draws(x[: len(mels)].view(draws, -1, *x.shape[1:]), labels, len(names))
+    model = train_draws(x[: len(learnt)].view(draws, -1, *x.shape[1:]), labels, len(names))
     classes = [number for _, number in scored]
-    right = answers(model, x[len(mels) :]) == torch.tensor(classes)
+    right = answers(model, x[len(learnt) :]) == torch.tensor(classes)
     left_out = sorted({getattr(u, label) for u in [*train, *score]} - {*names, ""})
     return job.score("balanced_accuracy", balanced_units(right, classes), [u.id for u, _ in scored], right.numel(), classes=names,
         left_out=left_out, seconds=seconds, shots=shots, draws=draws, layer_weights=[round(w, 4) for w in model[0].mean(0).tolist()],

@@ -7,6 +7,11 @@ __all__ = ['CONTESTANTS', 'FAST', 'PASSES', 'CUDA_CONTESTANTS', 'GIVEN', 'ALLOCA
            'speechbrains', 'Floor', 'graphed', 'check_first', 'one_call', 'time_point', 'memory_point', 'point_rows',
            'bench', 'load_bench', 'bench_table', 'growth', 'bench_shapes', 'essl_ligru_bench']
 
+# %% ../../nbs/ligru/14_bench.ipynb #5c605d4c
+from ..core.extras import need
+
+need("pandas", extra="study", to="tabulate timings")
+
 # %% ../../nbs/ligru/14_bench.ipynb #f32f6532
 import time
 from functools import partial

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, turned, turning, zero_pads
 from .cell import NORMALIZATIONS, BatchNorm, check_names, drop_mask
-from .operator import BACKENDS, Choice, explain_backend, light_recurrence
+from .custom_op import BACKENDS, Choice, explain_backend, light_recurrence
 
 # %% ../../nbs/ligru/13_layer.ipynb #6b3ef5d1
 def no_autocast(device: str):

@@ -35,17 +35,19 @@ def save_encoder(
 # %% ../../nbs/models/43_checkpoint.ipynb #7f082e3f
 def load_encoder(
     folder, # what `encoder.save` wrote
+    *,
+    cls: type = Encoder, # what to make of it: Encoder, or a class of yours that is one
 ) -> Encoder: # in float32, in evaluation mode
     "Read an encoder back. Raises EsslError where files are missing, torn, or do not fit each other."
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise EsslError(f"{folder} holds no encoder: config.json and model.safetensors are needed, as encoder.save(folder) writes them.")
+        raise EsslError(f"{folder} holds no encoder: config.json and model.safetensors are needed, as encoder.save(folder) writes them (Encoder.from_pretrained downloads one from the hub).")
     try:
         config = from_json(EncoderConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except json.JSONDecodeError as e:
         raise EsslError(f"{folder / 'config.json'} is not JSON ({e}); copy or make the checkpoint again.") from e
     tensors = load_tensors(folder / "model.safetensors")
-    encoder = build_encoder(config, seed=0)
+    encoder = build_encoder(config, seed=0, cls=cls)
     try:
         encoder.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     except RuntimeError as e:

@@ -18,6 +18,7 @@ from ..core.shapes import lengths_to_mask, zero_pads
 from .block import blocks
 from .config import POSITION_GROUPS, POSITION_KERNEL, EncoderConfig
 from .frontend import frontends
+from .hub import Hub
 
 # %% ../../nbs/models/42_encoder.ipynb #9735b023
 def sinusoids(T: int, dim: int, device=None) -> Tensor: # (T,D), unit variance over time
@@ -67,7 +68,7 @@ class Encoded(NamedTuple):
     layers: list  # depth+1 tensors (B,T,D): the embedding, then each block's output
 
 # %% ../../nbs/models/42_encoder.ipynb #a26108b9
-class Encoder(nn.Module):
+class Encoder(Hub, nn.Module):
     "A stack of blocks over a front end; build it with `build_encoder`."
 
     def __init__(self, config: EncoderConfig):
@@ -149,10 +150,11 @@ def build_encoder(
     config: EncoderConfig, # what to build
     *,
     seed: int | None = None, # draws the weights; None takes torch's own state
+    cls: type = Encoder, # the class to build
 ) -> Encoder:
     "An encoder with fresh weights. Raises EsslError where a mixer refuses its options."
     if seed is None:
-        return Encoder(config)
+        return cls(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "encoder weights"))
-        return Encoder(config)
+        return cls(config)

@@ -97,7 +97,8 @@ def collapsed(
         return f"At step {step} the frames hold NaN or infinity; lower the learning rate, or train in float32."
     if step < settle_steps:
         return None
-    floor, rank = min(rank_floor, health["dim"] / 8), health["effective_rank"]
+    floor = min(rank_floor, health["dim"] / 8, health.get("frames", math.inf) / 8)  # few frames cannot span many dimensions
+    rank = health["effective_rank"]
     if rank < floor:
         return (f"At step {step} the frames span {rank:.1f} effective dimensions of {health['dim']}, less than {floor:g}: the run has collapsed. "
                 "Raise the weight of the visible frames or of the regression, shorten the spans, or lower the learning rate.")

@@ -6,6 +6,11 @@
 __all__ = ['CELLS', 'STATE', 'BothWays', 'light', 'parameters', 'equal_units', 'SmallRecogniser', 'recurrent_matrices',
            'transcribed', 'recognise', 'recognition_rows', 'recognition_table', 'essl_recognise']
 
+# %% ../../nbs/train/63_recognise.ipynb #965f0e2e
+from ..core.extras import need
+
+need("pandas", extra="study", to="tabulate recognisers")
+
 # %% ../../nbs/train/63_recognise.ipynb #cc393af4
 import math
 import time
@@ -13,9 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastcore.script import call_parse
 from torch import Tensor, nn
 
+from ..core.command import numbers
 from ..core.config import content_hash, derive_seed
 from ..core.files import append_line, read_lines
 from ..core.registry import EsslError
@@ -190,7 +195,6 @@ def recognition_table(path="results/ligru/recognition.jsonl") -> pd.DataFrame:
         parameters=r["value"]["parameters"], valid_loss=r["value"]["curve"][-1]["valid_loss"], epoch_seconds=r["value"]["epoch_seconds"], epoch_cpu_seconds=r["value"]["epoch_cpu_seconds"], diverged=r["value"]["diverged"]) for r in read_lines(Path(path))[0]])
 
 
-@call_parse
 def essl_recognise(
     path: str = "results/ligru/recognition.jsonl", # Rows are appended to this file; runs that it holds are not made again
     cells: str = "LiGRU,SLi-GRU,GRU,LSTM", # Cells, with commas between
@@ -202,9 +206,6 @@ def essl_recognise(
 ):
     "Train small letter recognisers with different recurrent cells at equal parameters (CTC) and count wrong letters."
     torch.set_num_threads(threads)
-    try:
-        added = recognition_rows(path, tuple(cells.split(",")), tuple(int(s) for s in seeds.split(",")), epochs=epochs, lr=lr, layers=layers)
-    except EsslError as e:
-        raise SystemExit(f"essl_recognise: {e}") from None
+    added = recognition_rows(path, tuple(cells.split(",")), numbers("--seeds", seeds, int), epochs=epochs, lr=lr, layers=layers)
     print(f"{added} rows added to {path}")
     print(recognition_table(path).to_string(index=False))

@@ -6,14 +6,12 @@
 __all__ = ['shipped_encoder', 'short_clip', 'portrait']
 
 # %% ../../nbs/viz/89_beside.ipynb #8ab9e297
-from pathlib import Path
-
 import numpy as np
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
-import essl_nb
+from ..core.places import results_dir
 from ..data.audio import load_audio
 from ..data.corpus import load_corpus
 from ..mixers.base import mixers
@@ -29,7 +27,7 @@ def shipped_encoder(
     study: str = "small", # a study of the repository
 ) -> tuple: # the encoder, whether it is trained
     "The encoder that the repository ships for a mixer, or one with fresh weights."
-    folder = Path(essl_nb.__file__).parents[1] / "results" / study / "encoders" / mixer
+    folder = results_dir() / study / "encoders" / mixer
     if (folder / "config.json").is_file():
         return load_encoder(folder), True
     return build_encoder(EncoderConfig(mixer, mixer_kw=mixers.get(mixer).meta.get("tiny", {})), seed=0).eval(), False

@@ -3,7 +3,7 @@ import torch
 
 from essl_nb.core.shapes import lengths_to_mask, zero_pads
 from essl_nb.ligru.layer import LiGRU, SLiGRU
-from essl_nb.ligru.speechbrain import SwappedLiGRU, from_speechbrain
+from essl_nb.ligru.speechbrain_swap import SwappedLiGRU, from_speechbrain
 from essl_nb.mixers.ligru import LightMixer, StableLightMixer
 
 from . import case, compare

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from essl_nb.core.shapes import lengths_to_mask, zero_pads
 from essl_nb.mixers.fastformer import Fastformer
 from essl_nb.mixers.hyper import Hyper
-from essl_nb.mixers.linformer import Linformer, LinformerPooled
+from essl_nb.mixers.linformer_attention import Linformer, LinformerPooled
 from essl_nb.mixers.pom import PoM
 from essl_nb.mixers.summary import SummaryLite
 

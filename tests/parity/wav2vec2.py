@@ -8,7 +8,7 @@ from essl_nb.models.encoder import ConvolutionalPosition, Encoder
 from essl_nb.models.sincnet import SincFilters
 from essl_nb.models.spectrogram import FusedMBConv2d
 from essl_nb.models.wav2vec2 import from_torchaudio, from_transformers, torchaudio_names
-from essl_nb.models.wave import Wav2Vec2Frontend
+from essl_nb.models.waveform import Wav2Vec2Frontend
 
 from . import case, compare
 
