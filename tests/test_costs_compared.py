@@ -32,6 +32,8 @@ def card(folder, name, machine, latency, own, **more):
     use = dict(card="deployment", precision="fp32", reference_seconds=10.0, disk_bytes_fp32=4e6, rtf=latency / 10, latency_s=latency, baseline_latency_s=own, latency_s_ratio=ratio, latency_s_ratio_low=ratio * 0.9,
                latency_s_ratio_high=ratio * 1.1, peak_bytes=2e7, macs_per_second=1e8, points=[dict(seconds=1.0, latency_s=latency / 10)])
     train = dict(card="training", precision="bf16", step_s=3 * latency, baseline_step_s=3 * own, step_s_ratio=ratio, peak_bytes=3e7, macs_per_second=3e8)
+    run = dict(steps=2000, stopped=None, parameters=10**6, last=dict(loss=1.0))
+    append_line(folder / "rows.jsonl", dict(key=f"{name} run", kind="run", what=dict(what, objective="dice", seed=0, pretrain=dict(encoder=dict(mixer=name))), value=run, made=dict(made, seconds_per_step=3 * latency)))
     for value in (use, train):
         append_line(folder / "rows.jsonl", dict(key=f"{name} {value['card']} new", kind="cost", what=dict(what, card=value["card"]), value=common | value, made=made))
 
