@@ -67,7 +67,18 @@ def band(T: int, radius: int, step: int = 1) -> MixingMap:
 @pytest.mark.parametrize("step", [1, 4])
 def test_reach_of_a_band_is_half_its_radius(step):
     assert abs(reach(band(200, 20, step)) - 10 * 0.02) <= 0.02
-    assert "as even" not in finding(band(200, 20, step)) and "as even" in finding(band(200, 200, step))
+    assert "no frame stands out" not in finding(band(200, 20, step)) and "no frame stands out" in finding(band(200, 200, step))
+
+
+def test_a_peak_on_an_even_ground_is_told():
+    "Half within a wide radius says nothing of a bright diagonal: both are said."
+    ground = np.full((100, 100), 1.0, "float32") + 21 * np.eye(100, dtype="float32")
+    said = finding(MixingMap(ground, INFLUENCE, 1, 0.02))
+    assert "the frame itself holds 18 %, 18 times an even share" in said and "even as" not in said
+    column = np.ones((100, 100), "float32")
+    column[:, 3] = 50
+    assert "one single frame holds 34 %" in finding(MixingMap(column, INFLUENCE, 1, 0.02))
+    assert "(100 %)" in finding(MixingMap(np.eye(50, dtype="float32"), INFLUENCE, 1, 0.02))
 
 
 def test_decibels_of_empty_rows_are_the_floor():

@@ -22,6 +22,8 @@ from .shelf import Studies, folder_code, plain_words, typed_here
 from ..core.registry import EsslError
 from ..eval.cost import baseline_mixer
 from ..eval.curves import ALWAYS, FRAMES, NEVER, crossover, exponents, load_curves
+from ..mixers.base import mixers
+from ..study.machines import made_on
 from ..viz.curves import QUANTITIES, chosen_curves, curve_figure, curve_finding, duration_text
 
 # %% ../../nbs/app/97_curves.ipynb #452a04ff
@@ -87,20 +89,24 @@ def curves_finding(curves: pd.DataFrame, quantity: str, mixer: str | None) -> st
     return f"{plain_words(mixer)} takes less {own} than attention {words}."
 
 
-def curves_caption(curves: pd.DataFrame, quantity: str) -> str:
+def curves_caption(curves: pd.DataFrame, quantity: str, left_out=()) -> str:
     "What is shown, where it was measured, with what n, and what it does not show."
     first = curves.iloc[0]
     made, rounds = first.made, sorted(set(curves.rounds.astype(int)))
+    others = f" (left out, since measured elsewhere: {', '.join(left_out)})" if len(left_out) else ""
     n = f"{rounds[0]} rounds" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]} rounds"
     return (f"One layer of each mixer alone, width {first.width}, batch {first.batch}, {first['pass']}, on {FRAMES} frames a second; median of {n}, each round beside fused attention. Whole blocks stand beside "
-            f"a transformer block with attention. {made['machine'].get('cpu', 'CPU')}, {made['threads']} thread{'s' * (made['threads'] > 1)}, {made['precision']}; memory is what one call holds at its peak above weights and input. "
+            f"a transformer block with attention. {made_on(made)}{others}; memory is what one call holds at its peak above weights and input. "
             + "The ceiling, dashed in grey: what is left of an attention block's arithmetic when its quadratic part is gone. " * (quantity == FIRST_QUANTITY)
             + "It does not show the feed-forward layers and the front end, which cost the same whatever mixes.")
 
 # %% ../../nbs/app/97_curves.ipynb #a89f0e9a
 def curves_message(file: CurvesFile, wanted: dict, mixer: str | None) -> tuple: # (view's value, choices, values)
     "The figure and its words for one set of choices. Raises EsslError where there are no curves."
-    choices, values, curves = narrow_curves(file.read()[0], wanted)
+    measured = file.read()[0]
+    choices, values, curves = narrow_curves(measured, wanted)
+    here = measured[[all(row[p] == values[p] for p in POINT) for row in measured[list(POINT)].to_dict("records")]]
+    left_out = sorted(set(here.mixer) - set(curves.mixer) - {e.name for e in mixers if e.meta.get("control")})
     quantity = values["quantity"]
     point, chosen = {k: values[p] for k, p in zip(("width", "batch", "which"), POINT)}, mixer if mixer in set(curves.mixer) else None
     fig = curve_figure(curves, quantity, **point, chosen=chosen)
@@ -112,7 +118,7 @@ def curves_message(file: CurvesFile, wanted: dict, mixer: str | None) -> tuple: 
             "ratio_high": "time_high_attention_1", "peak_bytes": "peak_bytes", "peak_ratio": "peak_attention_1", "macs": "multiply_accumulates", "rounds": "n_rounds", "level": "level"}
     csv = curves[[k for k in kept if k in curves]].rename(columns=kept).to_csv(index=False)
     hint = "The buttons above switch families off and on."
-    return message(dict(figure=json.loads(fig.to_json()), finding=curves_finding(curves, quantity, mixer), caption=curves_caption(curves, quantity), code=lines, csv=csv, hint=hint, stamp=time.time_ns())), choices, values
+    return message(dict(figure=json.loads(fig.to_json()), finding=curves_finding(curves, quantity, mixer), caption=curves_caption(curves, quantity, left_out), code=lines, csv=csv, hint=hint, stamp=time.time_ns())), choices, values
 
 # %% ../../nbs/app/97_curves.ipynb #a0489017
 def curves_table(file: CurvesFile, mixer: str) -> str: # HTML, nothing where there are no curves

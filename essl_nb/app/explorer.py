@@ -11,8 +11,6 @@ import os
 from pathlib import Path
 from threading import Lock
 
-from fastcore.script import call_parse, store_true
-
 from ..core.places import study_dir
 from ..core.registry import EsslError
 
@@ -187,24 +185,18 @@ def connect(app, tabs, desk, studies, listen: dict, compare: dict):
     app.unload(leave)
 
 # %% ../../nbs/app/90_explorer.ipynb #a060b772
-@call_parse
 def essl_explore(
     port: int = 7860, # port on this machine; where it is taken, the next free one; 0: any free one
     corpus: str = "bundled", # the bundled corpus, or a folder of sound files
     results: str = "", # a study's folder; empty: the one that comes with the package
-    no_browser: store_true = False, # do not open a browser
+    no_browser: bool = False, # do not open a browser
 ):
-    "Open the explorer in the browser. Stop it with Ctrl-C."
-    try:
-        port = free_port(port)
-        from essl_nb.data.corpus import load_corpus
+    "Open the explorer in the browser. Stop it with Ctrl-C. Raises EsslError for a port, a corpus or a study that cannot be had."
+    port = free_port(port)  # asked before anything slow is read
+    from essl_nb.data.corpus import load_corpus
 
-        app = create_app(load_corpus(corpus), results or None)
-        _, address, _ = app.launch(server_port=free_port(port), prevent_thread_lock=True)
-    except EsslError as e:
-        raise SystemExit(f"essl_explore: {e}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    app = create_app(load_corpus(corpus), results or None)
+    _, address, _ = app.launch(server_port=free_port(port), prevent_thread_lock=True)
     print(f"essl_nb explorer: {address}  (stop it with Ctrl-C)", flush=True)
     if not no_browser:
         open_browser(address)
@@ -218,7 +210,8 @@ def wait_for_end(app):
     def stop(*_):
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # `core.command` has its own way
+        signal.signal(signal.SIGTERM, stop)
     try:
         app.block_thread()
     except (KeyboardInterrupt, OSError):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN_MACHINE', 'COUNTED', 'TIMES', 'machine_name', 'setup_name', 'is_counted', 'machines_of', 'chosen_machine',
-           'comparable_cards', 'with_baselines', 'even_times', 'reference_text']
+           'comparable_cards', 'with_baselines', 'even_times', 'reference_text', 'made_on', 'on_one_machine']
 
 # %% ../../nbs/study/125_machines.ipynb #8fae0723
 import numpy as np
@@ -20,8 +20,7 @@ def machine_name(record: dict | None) -> str: # from `machine_record`
     "A machine in a few words; two machines with the same words are taken for one."
     if not record:
         return UNKNOWN_MACHINE
-    cores = record.get("cores")
-    parts = [record.get("gpu") or record.get("cpu"), None if record.get("gpu") else record.get("vector"), f"{cores} core{'s' * (cores > 1)}" if cores else None]
+    parts = [record["gpu"]] if record.get("gpu") else [record.get("cpu"), record.get("vector")]  # its cores are those that a process may use, and belong to the setup
     return ", ".join(str(p) for p in parts if p) or UNKNOWN_MACHINE
 
 
@@ -121,3 +120,25 @@ def reference_text(costs: pd.DataFrame, time: str, unit: str, factor: float) -> 
     if not len(values):
         return ""
     return f"each ratio to attention times attention's own {values.median():.3g} {unit} (median of {len(values)} measurements, {values.min():.3g} to {values.max():.3g})"
+
+# %% ../../nbs/study/125_machines.ipynb #21c8b1a0
+def made_on(made) -> str: # the `made` of a row
+    "The machine, threads and precision of one measurement."
+    made = made if isinstance(made, dict) else {}
+    machine = made.get("machine")
+    return ", ".join(filter(None, [machine_name(machine if isinstance(machine, dict) else None), setup_name(made)]))
+
+
+def on_one_machine(
+    rows: pd.DataFrame, # with a column `made`
+    machine: str | None = None, # from `made_on`; None: the one of most rows
+) -> tuple: # (its rows, what it is called)
+    "The measurements of one machine. Raises EsslError for one that measured nothing."
+    if "made" not in rows or not len(rows):
+        return rows, UNKNOWN_MACHINE
+    names = rows.made.map(made_on)
+    counts = names.value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    machine = counts.index[0] if machine is None else machine
+    if machine not in counts:
+        raise EsslError(f"Nothing here was measured on {machine!r}: {nearest(machine, counts.index)}.")
+    return rows[names == machine], machine

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 import essl_nb
 from ..core.config import from_json, to_json
-from ..core.files import Busy, append_line, atomic_write, locked, read_json, read_lines, write_json
+from ..core.files import Busy, append_line, atomic_write, explain_write_error, locked, read_json, read_lines, write_json
 from ..core.fresh import run_fresh
 from ..core.registry import EsslError
 from ..core.stop import GRACE, StoppedBySignal, end_softly, noticing_stops
@@ -120,7 +120,10 @@ def sole_owner(folder: Path):
     try:
         with locked(lock, wait=False):
             word = f"{os.getpid()} {uuid.uuid4().hex}"
-            lock.write_text(word)
+            try:
+                lock.write_text(word)
+            except OSError as e:  # another user's
+                raise explain_write_error(e, lock) from e
             try:
                 yield lock, word
             finally:

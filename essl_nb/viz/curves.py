@@ -17,6 +17,7 @@ from ..core.registry import EsslError, nearest
 from ..eval.cost import baseline_mixer
 from ..eval.curves import ALWAYS, NEVER, ceiling, crossover
 from ..mixers.base import mixers
+from ..study.machines import on_one_machine
 from .style import GREY, family_colour, family_key, family_shape, plain, plain_text
 
 # %% ../../nbs/viz/88_curves.ipynb #746901b4
@@ -54,7 +55,7 @@ def duration_text(seconds: float) -> str:
 
 
 def chosen_curves(curves: pd.DataFrame, width: int, batch: int, which: str, column: str, only, families=None) -> pd.DataFrame:
-    "The points of one figure; the control, which costs next to nothing, only where it is asked for. Raises EsslError where there are none, with what there is."
+    "The points of one figure, all of one machine (that of most); the control, which costs next to nothing, only where it is asked for. Raises EsslError where there are none, with what there is."
     found = curves[(curves.width == width) & (curves.batch == batch) & (curves["pass"] == which) & curves[column].notna() & (curves[column] > 0)]
     if only is not None:
         if wrong := [n for n in only if n not in set(curves.mixer)]:
@@ -69,7 +70,7 @@ def chosen_curves(curves: pd.DataFrame, width: int, batch: int, which: str, colu
     if not len(found):
         there = ", ".join(f"width {w} batch {b} {p}" for w, b, p in curves[["width", "batch", "pass"]].drop_duplicates().itertuples(index=False))
         raise EsslError(f"There are no points with width {width}, batch {batch}, {which}; there is: {there or 'nothing yet'}.")
-    return found
+    return on_one_machine(found)[0]
 
 
 def curve_finding(curves: pd.DataFrame, quantity: str) -> str: # one sentence

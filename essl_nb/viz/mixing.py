@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INFLUENCE', 'SCALES', 'FLOOR_DB', 'MixingMap', 'mixer_at', 'mixer_input', 'along_the_diagonal', 'own_maps',
-           'map_kinds', 'influence_map', 'reach', 'finding', 'in_decibels', 'map_trace', 'mixing_figure']
+           'map_kinds', 'influence_map', 'reach', 'peak_share', 'finding', 'in_decibels', 'map_trace', 'mixing_figure']
 
 # %% ../../nbs/viz/86_mixing.ipynb #59475f50
 from dataclasses import dataclass
@@ -142,15 +142,24 @@ def reach(
     return float(np.median(left)) * mixing.frame_seconds
 
 
+def peak_share(mixing: MixingMap) -> tuple: # (the median over frames of the largest share, whether it is the frame's own for most of them)
+    "How much one single frame holds of what moves another."
+    shares, t = mixing.shares, np.minimum(mixing.rows, mixing.values.shape[1] - 1)
+    return float(np.median(shares.max(1))), bool(np.mean(shares.argmax(1) == t) > 0.5)
+
+
 def finding(mixing: MixingMap) -> str: # one sentence
-    "What a map says, in one sentence for its title."
+    "What a map says, in one sentence for its title: how far, and how evenly."
     near, T = reach(mixing), mixing.values.shape[1]
+    share, itself = peak_share(mixing)
+    percent = f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1f} %"
     if near == 0:
-        return "Most of what moves a frame is the frame itself"
-    even = reach(MixingMap(np.ones((T, T), "float32"), mixing.kind, mixing.layer, mixing.frame_seconds))
+        return f"Most of what moves a frame is the frame itself ({percent})"
     near_text = f"{near * 1000:.0f} ms" if near < 1 else f"{near:.1f} s"
-    spread = ", as even as can be" if near >= 0.9 * even else ""
-    return f"Half of what moves a frame lies within ±{near_text}{spread}"
+    if share * T < 2:
+        return f"Half of what moves a frame lies within ±{near_text}, and no frame stands out: the strongest holds {percent}, an even share is {100 / T:.1f} %"
+    who = "the frame itself" if itself else "one single frame"
+    return f"Half of what moves a frame lies within ±{near_text}; {who} holds {percent}, {share * T:.0f} times an even share"
 
 # %% ../../nbs/viz/86_mixing.ipynb #77c8b058
 SCALES = {"row": "each row to its own peak", "map": "the whole map to one peak"}

@@ -140,8 +140,8 @@ def tradeoff(
     tied = {(t.encoder, t.objective) for t in ties[ties.tied.astype(bool)].itertuples()}
     points = points.assign(tied=[(p.encoder, p.objective) in tied for p in points.itertuples()])
     base = of(scores, "baseline")
-    setups = [s for c in costs if c.endswith("_setup") and cost.startswith(c.removesuffix("_setup").replace("training", "")) for s in costs[c].dropna().unique()]
-    setups = setups if not cost.startswith("pretrain") else list(costs.training_setup.dropna().unique()) if "training_setup" in costs else []
+    card = ("deployment" if cost.startswith("deployment") else "training") + "_setup"
+    setups = costs[card].dropna().tolist() if card in costs else []
     machine = next(iter(costs.machine.dropna()), None) if "machine" in costs else None
     return Tradeoff(points, priced(of(same, "pretrained"), even, cost), priced(of(scores, "untrained"), even, cost), list(zip(base.encoder, 100 * base.value)), lower,
                     points[points.cost.isna()].label.tolist(), machine, setups[0] if setups else "")
