@@ -42,7 +42,7 @@ def test_a_swapped_layer_is_speechbrains(kind, norm, both, training, dtype, tole
     after = swap_ligru(copy.deepcopy(before))
     assert list(before.state_dict()) == list(after.state_dict())
     for B, zeros in ((3, False), (2, False), (2, True)):  # other batch sizes, and masks that go on from where they were
-        before.batch_size = B  # SpeechBrain reshapes hx by it
+        before.batch_size = after.batch_size = B  # SpeechBrain reshapes hx by it
         x, hx = torch.randn(B, 12, 8, dtype=dtype), torch.randn((2 if both else 1) * 2, B, 24, dtype=dtype)
         true, mine = results(before, x, None if zeros else hx), results(after, x, None if zeros else hx)
         assert true.keys() == mine.keys()
@@ -61,23 +61,107 @@ def test_swapped_layers_take_every_option(kind, word, affine, bias):
     after = swap_ligru(copy.deepcopy(before), backend="reference" if word == "sin" else "auto", recompute=affine)
     x, hx = torch.randn(3, 20, 8, dtype=torch.double), torch.randn(4, 3, 24, dtype=torch.double)
     true, mine = results(before, x, hx), results(after, x, hx)
-    assert all(near(mine[n], true[n]) for n in true) and after.took.name == ("reference" if word == "sin" else "cpu")
+    assert all(near(mine[n], true[n]) for n in true) and after.rnn[0].took.name == ("reference" if word == "sin" else "cpu")
 
 
 @both_kinds
-def test_swapping_inside_a_model(kind):
+def test_swapping_inside_a_model_changes_no_object(kind):
     from essl_nb.ligru.speechbrain_swap import SwappedLiGRU, from_speechbrain, swap_ligru
 
-    inner = theirs_of(kind, layers=1)
-    model = nn.ModuleDict({"a": nn.Sequential(nn.Identity(), inner), "b": inner, "c": theirs_of(kind, both=False)})
-    parameters = {n: id(p) for n, p in model.named_parameters()}
+    class Mine(type(theirs_of(kind))):
+        "A recipe's own, which looks at what comes in."
+
+        def forward(self, x, hx=None):
+            return super().forward(2 * x, hx)
+
+    inner, own, heard = theirs_of(kind, layers=1), theirs_of(kind, both=False), []
+    own.__class__ = Mine
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Identity(), inner), "b": inner, "c": own})
+    model.aside = [inner.rnn[0]]  # known, but no child
+    objects = {n: id(m) for n, m in model.named_modules(remove_duplicate=False)} | {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    for module in (inner, inner.rnn[0], own.rnn[1].norm):
+        module.register_forward_hook(lambda *given: heard.append(1))
+        module.register_full_backward_hook(lambda *given: heard.append(2))
+    x = torch.randn(3, 12, 8, dtype=torch.double)
+    ask = lambda: [model[k](x)[0] for k in "bc"]
+    before = [y.detach() for y in ask()]
     assert swap_ligru(model, exact_masks=False) is model
-    assert type(model["a"][1]) is SwappedLiGRU and model["a"][1] is model["b"] and {n: id(p) for n, p in model.named_parameters()} == parameters
-    with pytest.raises(EsslError, match="no LiGRU or SLiGRU"):
-        swap_ligru(model)
+    assert {n: id(m) for n, m in model.named_modules(remove_duplicate=False)} | {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} == objects
+    assert all(isinstance(m, SwappedLiGRU) for m in (*inner.rnn, *own.rnn, *model.aside)) and type(own) is Mine
+    heard.clear()
+    after = ask()
+    assert all(near(a, b) for a, b in zip(after, before)) and heard == [1, 1, 1]
+    sum(y.sum() for y in after).backward()
+    assert heard[3:] == [2, 2, 2]
+    assert swap_ligru(model, backend="reference")["a"][1].rnn[0].took.name == "reference"  # again, with other settings
     with pytest.raises(EsslError, match="holds 3 Light GRUs"):
         from_speechbrain(model.state_dict())
     assert from_speechbrain(model["c"]).num_layers == 2
+    with pytest.raises(EsslError, match="no LiGRU or SLiGRU"):
+        swap_ligru(nn.Linear(2, 2))
+
+
+@both_kinds
+def test_a_swapped_layer_can_be_scripted_copied_and_pickled(kind):
+    import pickle
+
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
+
+    before = theirs_of(kind, dropout=0.2)
+    after = swap_ligru(copy.deepcopy(before))
+    x = torch.randn(3, 12, 8, dtype=torch.double)
+    for make in (lambda m: m, lambda m: pickle.loads(pickle.dumps(m)), torch.jit.script):
+        layer, theirs = make(copy.deepcopy(after)), copy.deepcopy(before)
+        true, mine = results(theirs, x), results(layer, x)
+        assert all(near(mine[n], true[n], 1e-10) for n in true)
+        assert near(layer.eval()(x)[0], theirs.eval()(x)[0], 1e-10)
+        assert make is torch.jit.script or layer.rnn[0].took.name == "cpu"
+    with pytest.raises(EsslError, match="swap before torch.jit.script"):
+        swap_ligru(nn.Sequential(torch.jit.script(before)))
+
+
+@pytest.mark.parametrize("what", ["hook", "old weight norm", "adapter", "activation"])
+def test_what_the_fast_loop_would_not_hear_stays_in_speechbrains_loop(what):
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
+
+    def change(model):
+        layer = model.rnn[0]
+        if what == "hook":
+            layer.u.register_forward_hook(lambda module, given, out: 0.5 * out)
+        elif what == "old weight norm":
+            nn.utils.weight_norm(layer.u)
+        elif what == "adapter":
+            layer.u = nn.Sequential(layer.u, nn.Linear(48, 48).double())
+        else:
+            layer.act = nn.SiLU()
+        return model
+
+    before = change(theirs_of(LiGRU, layers=1))
+    x, after = torch.randn(3, 12, 8, dtype=torch.double), change(swap_ligru(theirs_of(LiGRU, layers=1)))  # after the swap
+    after.load_state_dict(before.state_dict())
+    true = results(before, x)
+    with pytest.warns(UserWarning, match="SpeechBrain's own loop"):
+        mine = results(after, x)
+    assert all(near(mine[n], true[n]) for n in true)
+
+
+def test_a_loop_of_ones_own_is_not_swapped_away():
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
+
+    model = theirs_of(LiGRU, layers=1)
+    model.rnn[0]._ligru_cell = lambda w, h: w[..., :24]
+    with pytest.raises(EsslError, match=r"rnn\.0 .*loop of its own"):
+        swap_ligru(model)
+
+
+def test_weights_that_are_made_of_others_reach_the_fast_loop():
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
+
+    before = theirs_of(LiGRU, layers=1)
+    nn.utils.parametrizations.weight_norm(before.rnn[0].u)
+    after, x = swap_ligru(copy.deepcopy(before)), torch.randn(3, 12, 8, dtype=torch.double)
+    true, mine = results(before, x), results(after, x)
+    assert all(near(mine[n], true[n]) for n in true)
 
 
 @pytest.mark.parametrize("both, norm", itertools.product([True, False], ["batchnorm", "layernorm"]))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTESTANTS', 'FAST', 'PASSES', 'CUDA_CONTESTANTS', 'GIVEN', 'ALLOCATORS', 'Shape', 'ours', 'torchs', 'unbound_cell',
-           'speechbrains', 'Floor', 'graphed', 'check_first', 'one_call', 'time_point', 'memory_point', 'point_rows',
-           'bench', 'load_bench', 'bench_table', 'growth', 'bench_shapes', 'essl_ligru_bench']
+           'speechbrains', 'Floor', 'graphed', 'check_first', 'one_call', 'time_point', 'memory_point', 'key_of',
+           'point_rows', 'bench', 'load_bench', 'bench_machines', 'bench_table', 'growth', 'bench_shapes',
+           'essl_ligru_bench']
 
 # %% ../../nbs/ligru/14_bench.ipynb #5c605d4c
 from ..core.extras import need
@@ -14,6 +15,7 @@ need("pandas", extra="study", to="tabulate timings")
 
 # %% ../../nbs/ligru/14_bench.ipynb #f32f6532
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +30,7 @@ from ..core.files import append_line, read_lines
 from ..core.fresh import run_fresh
 from ..core.registry import EsslError
 from ..eval.curves import KEPT, allocated_peak
-from ..eval.machine import library_versions, machine_record
+from ..eval.machine import library_versions, machine_name, machine_record
 from ..eval.measure import exponent, interleaved, spread
 from .layer import LiGRU, SLiGRU
 
@@ -221,6 +223,14 @@ def memory_point(shape: Shape, names: list) -> dict: # name → peak bytes of on
 
 # %% ../../nbs/ligru/14_bench.ipynb #574968b3
 GIVEN = ("name", *Shape._fields, "pass", "threads", "device", "dtype", "allocator")
+
+
+def key_of(row: dict) -> tuple:
+    "What a row is of: contestant, point and machine."
+    made = row.get("made") or {}
+    return *(row.get(k) for k in GIVEN), made.get("gpu") or machine_name(made.get("machine"))
+
+
 ALLOCATORS = {"default": {}, "keeping": KEPT} # the system's malloc as it is; told to keep freed memory
 
 
@@ -264,13 +274,14 @@ def bench(
         raise EsslError(f"allocator={allocator!r} was given; allowed: {', '.join(map(repr, ALLOCATORS))}.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = {tuple(r.get(k) for k in GIVEN) for r in read_lines(path)[0]} if path.exists() else set()
+    held = {key_of(r) for r in read_lines(path)[0]} if path.exists() else set()
+    here = torch.cuda.get_device_name() if device == "cuda" else machine_name(machine_record())
     cells = [(s, w, t) for t in threads for s in shapes for w in passes + (("memory",) if memory else ())]
     added = 0
     for shape, which, count in tqdm(cells, desc="points", disable=not progress):
         place, fresh = (count, device, dtype, allocator), partial(run_fresh, threads=count, environment=ALLOCATORS[allocator])
         key = lambda name: (name, *shape, which, *place)
-        todo = [n for n in names if again or key(n) not in held]
+        todo = [n for n in names if again or (*key(n), here) not in held]
         if which == "memory":
             todo = [n for n in todo if n != "floor"]
             found = fresh(memory_point, shape, todo).value if todo else {}
@@ -289,12 +300,25 @@ def bench(
 # %% ../../nbs/ligru/14_bench.ipynb #db6c7761
 def load_bench(
     path="results/ligru/rows.jsonl",
-) -> pd.DataFrame: # a row for each contestant and point, the newest where one stands twice
-    "What was measured. Raises EsslError where there is nothing."
+    machine: str | None = None, # as in the rows' column "machine"; None: the one with the most rows
+) -> pd.DataFrame: # a row for each contestant and point of one machine, the newest where one stands twice
+    "What was measured; machines are never mixed, `bench_machines` lists them. Raises EsslError where there is nothing."
     if not Path(path).is_file():
         raise EsslError(f"There are no timings in {path}; measure them with: essl_ligru_bench")
-    newest = {tuple(r.get(k) for k in GIVEN): r for r in read_lines(Path(path))[0]}
-    return pd.DataFrame(newest.values())
+    newest = {key_of(r): r | {"machine": key_of(r)[-1]} for r in read_lines(Path(path))[0]}
+    rows = pd.DataFrame(newest.values())
+    there = rows.machine.value_counts()
+    machine = there.index[0] if machine is None else machine
+    if machine not in there:
+        raise EsslError(f"{path} has no rows of machine={machine!r}; there are: {', '.join(map(repr, there.index))}.")
+    return rows[rows.machine == machine].reset_index(drop=True)
+
+
+def bench_machines(
+    path="results/ligru/rows.jsonl",
+) -> list: # of str, the one with the most rows first
+    "The machines that a file has rows of."
+    return [] if not Path(path).is_file() else [name for name, _ in Counter(key_of(r)[-1] for r in read_lines(Path(path))[0]).most_common()]
 
 
 def bench_table(
@@ -303,7 +327,9 @@ def bench_table(
     threads: int = 1,
     allocator: str = "default", # one of ALLOCATORS
 ) -> pd.DataFrame: # a line for each shape; ms of LiGRU, and LiGRU's time over everybody else's
-    "One pass as a table to read."
+    "One pass as a table to read. Raises EsslError for rows of several machines, and where there are none."
+    if rows.machine.nunique() > 1:
+        raise EsslError(f"Rows of {rows.machine.nunique()} machines were given, whose times are not to be compared; load those of one: {', '.join(map(repr, rows.machine.unique()))}.")
     rows = rows[(rows["pass"] == which) & (rows.threads == threads) & (rows.allocator == allocator) & rows.time_s.notna()]
     if not len(rows):
         raise EsslError(f"No point of {which!r} with {threads} thread(s) and the allocator {allocator!r} was measured yet.")
@@ -320,7 +346,7 @@ def growth(
     column: str = "time_s", # or "peak_bytes"
 ) -> pd.DataFrame: # exponent of T for each contestant, pass and shape with three durations or more
     "How time or memory grows with the number of frames."
-    table, group = [], ["name", "layers", "directions", "hidden", "batch", "pass", "threads", "allocator"]
+    table, group = [], ["machine", "name", "layers", "directions", "hidden", "batch", "pass", "threads", "allocator"]
     for key, c in rows[rows[column].notna()].groupby(group, sort=False) if column in rows else ():
         c = c.sort_values("frames")
         if len(c) > 2:
@@ -365,7 +391,7 @@ def essl_ligru_bench(
         print("difference from float64:", {k: f"{v:.1e}" for k, v in check_first(shapes[0]._replace(frames=min(50, shapes[0].frames)), device).items()})
         chosen = tuple(n.strip() for n in names.split(";")) if names else tuple(CUDA_CONTESTANTS) if device == "cuda" else FAST
         added = bench(path, shapes, names=chosen, passes=tuple(passes.split(",")), threads=tuple(whole(threads)), repeats=repeats, most_seconds=most_seconds, memory=memory, device=device, dtype=dtype, allocator=allocator, again=again)
-        rows = load_bench(path)
+        rows = load_bench(path, torch.cuda.get_device_name() if device == "cuda" else machine_name(machine_record()))
     except EsslError as e:
         raise SystemExit(f"essl_ligru_bench: {e}") from None
     except ValueError as e:

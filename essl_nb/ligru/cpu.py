@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.jit import jit_refusal
 from ..core.registry import EsslError
 from . import cell as reference
 from .cell import ACTIVATIONS, Norm, check_names, norm_backward, normalised
@@ -23,8 +24,8 @@ SHORT = 8 # frames below which the reference is faster
 
 
 def available() -> str | None: # None, or why not
-    "Whether this backend can be used; Numba is always there."
-    return None
+    "Whether this backend can be used."
+    return jit_refusal()
 
 
 def choose_threads(

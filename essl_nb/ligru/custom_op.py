@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'COMPILED', 'Choice', 'load_backend', 'refusal', 'explain_backend', 'backend_of', 'batch_first', 'laid',
            'dense', 'norm_of', 'foretell', 'light_operator', 'light_operator_backward', 'keep_for_backward',
-           'differentiate', 'refuse_second', 'light_flops', 'light_flops_backward', 'check_operands',
-           'light_recurrence']
+           'differentiate', 'refuse_second', 'light_flops', 'light_flops_backward', 'check_operands', 'no_autocast',
+           'plain_recurrence', 'light_recurrence']
 
 # %% ../../nbs/ligru/15_custom_op.ipynb #15ff49c7
+from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
 from typing import NamedTuple, Optional
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from ..core.registry import EsslError
+from ..core.transforms import under_transform
 from . import cell as reference
-from .cell import Norm, check_names, norm_backward, normalised, remake
+from .cell import Norm, check_names, norm_backward, normalised, recurrence, remake
 
 # %% ../../nbs/ligru/15_custom_op.ipynb #5c246b74
-BACKENDS = ("auto", "reference", "cpu", "cuda")
+BACKENDS = ("auto", "plain", "reference", "cpu", "cuda")
 COMPILED = {"cpu": "cpu", "cuda": "gpu"} # backend → its module
 
 
@@ -39,9 +41,9 @@ def load_backend(
     "Import a compiled backend and ask whether it can be used here."
     try:
         module = import_module(f"essl_nb.ligru.{COMPILED[name]}")
-    except ImportError as problem:
-        return None, f"it cannot be imported ({problem})"
-    return module, module.available()
+        return module, module.available()
+    except Exception as problem: # a broken installation of a compiler raises anything
+        return None, f"it cannot be imported ({type(problem).__name__}: {problem})"
 
 
 def refusal(
@@ -50,6 +52,10 @@ def refusal(
     dtype: torch.dtype, # of the states
 ) -> str | None: # None: it runs; else the reason why not
     "Why a backend cannot run tensors of this device and type."
+    if name == "plain":
+        return None
+    if under_transform():
+        return "its derivative was written by hand, and a transform of torch.func or a forward-mode derivative runs, which asks for others; only 'plain' has them"
     if name == "reference":
         return None
     if device != name:
@@ -73,6 +79,8 @@ def explain_backend(
         if (why := refusal(backend, device, dtype)) is not None:
             raise EsslError(f"backend={backend!r} cannot run here: {why}. Take backend='auto', which says what it takes, or 'reference'.")
         return Choice(backend, "it was asked for")
+    if under_transform():
+        return Choice("plain", "a transform of torch.func or a forward-mode derivative runs, which only the plain loop has")
     if device not in ("cpu", "cuda"):
         return Choice("reference", f"there is no compiled loop for {device}")
     why = refusal(device, device, dtype)
@@ -84,7 +92,7 @@ def backend_of(backend: str, x: Tensor, u: Tensor, threads: int | None, precisio
     name = explain_backend(backend, x.device, x.dtype).name
     if u.ndim == 3 and name != "cuda":
         raise EsslError(f"u of shape {tuple(u.shape)} was given, weights of several directions; only the GPU's kernel runs them at once, and here the backend is {name!r}. Call it for each direction.")
-    return (reference if name == "reference" else load_backend(name)[0]), name, {"cpu": dict(threads=threads), "cuda": dict(precision=precision)}.get(name, {})
+    return (reference if name in ("plain", "reference") else load_backend(name)[0]), name, {"cpu": dict(threads=threads), "cuda": dict(precision=precision)}.get(name, {})
 
 
 def batch_first(x: Tensor) -> bool: # x (T,B,…)
@@ -199,7 +207,7 @@ def differentiate(ctx, grad, *unused):
 def refuse_second(ctx, *grads):
     "There is no second derivative. Raises EsslError."
     raise EsslError("The Light GRU's operator has first derivatives only, and a second one was asked for (create_graph=True, or backward through a gradient). "
-                    "essl_nb.ligru.cell.recurrence, the plain loop, can be differentiated any number of times.")
+                    "backend='plain' can be differentiated any number of times, and torch.func's transforms (grad of grad, hessian) take it by themselves.")
 
 
 def light_flops(wx_shape, u_shape, *args, out_shape=None, **kw) -> int: # two for each multiply-accumulate
@@ -243,6 +251,21 @@ def check_operands(wx: Tensor, u: Tensor, h0: Tensor, others: dict) -> None: # r
             raise EsslError(f"{name} is {t.dtype} and wx {wx.dtype}; they have one type.")
 
 
+def no_autocast(device: str):
+    "A context without autocast, for devices that have it."
+    return torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
+
+
+def plain_recurrence(wx, u, h0, drop, lengths, gain, bias, norm: Norm | None, **kw) -> Tensor: # (T,B,H)
+    "The loop that autograd differentiates, in float32 under autocast as the operator."
+    whole = lambda t: t.float() if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+    if norm is not None and norm.own:
+        raise EsslError("A batch norm with the frames' own statistics was given to the plain loop; apply it before, where its derivatives are known.")
+    with no_autocast(wx.device.type):
+        norm = None if norm is None else Norm(*map(whole, norm[:4]), False)
+        return recurrence(normalised(whole(wx), norm), *map(whole, (u, h0, drop, lengths, gain, bias)), **kw)
+
+
 def light_recurrence(
     wx: Tensor, # (T,B,2H) N(W x), or W x with a norm: candidate, gate
     u: Tensor, # (2H,H) recurrent weights; on a GPU also (R,2H,H) for R directions, with the utterances of each after those of the one before
@@ -265,6 +288,9 @@ def light_recurrence(
     check_operands(wx, u, h0, dict(drop=drop, lengths=lengths, gain=gain, bias=bias, norm=norm))
     if (gain is not None or bias is not None) and cell != "sligru":
         raise EsslError("gain and bias were given; only cell='sligru' has a recurrent layer norm that takes them.")
+    if backend == "plain" or under_transform():
+        explain_backend(backend, wx.device, wx.dtype)
+        return plain_recurrence(wx, u, h0, drop, lengths, gain, bias, norm, cell=cell, activation=activation, eps=eps)
     learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (wx, u, h0, gain, bias, *(norm or ())[2:4]))
     device = wx.device.type
     half = device == "cuda" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16

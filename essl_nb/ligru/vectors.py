@@ -17,15 +17,22 @@ from typing import NamedTuple
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ..core.jit import compiled as compiled_with
+
 # %% ../../nbs/ligru/09_vectors.ipynb #c199c837
 def vector_bytes() -> int:
-    "Width of this processor's vectors."
-    has = llvm.get_host_cpu_features()
-    return 64 if has.get("avx512f") else 32 if has.get("avx") else 16
+    "Width of the vectors that LLVM uses for the processor that Numba compiles for: asked, by compiling a sum of 64 bytes."
+    _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    wide = "<16 x float>"
+    text = f"define {wide} @sum({wide} %x, {wide} %y) {{ %z = fadd {wide} %x, %y ret {wide} %z }}"
+    target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features)
+    made = target.emit_assembly(llvm.parse_assembly(text))
+    return 64 if "zmm" in made else 32 if "ymm" in made else 16
 
 
 VECTOR = vector_bytes() # bytes of a vector
@@ -135,7 +142,7 @@ def address(context, array):
 
 # %% ../../nbs/ligru/09_vectors.ipynb #e7117627
 FAST = ("contract", "reassoc", "arcp", "nsz")
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST))
+compiled = compiled_with(nogil=True, error_model="numpy", fastmath=set(FAST))
 
 
 @compiled

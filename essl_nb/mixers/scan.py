@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['FLAGS', 'TILE', 'selective_scan_reference', 'chunk_frames', 'in_chunks', 'advance', 'scan_forward_chunks',
            'scan_backward_chunks', 'exponential', 'exponential_float32', 'exponential_float64', 'exponential_compiled',
-           'forward_loop', 'scan_forward_compiled', 'backward_loop', 'scan_backward_compiled', 'scan_forward',
-           'scan_backward', 'forward_shapes', 'backward_shapes', 'keep_for_backward', 'scan_gradients', 'flops_for',
-           'selective_scan']
+           'forward_loop', 'scan_forward_compiled', 'backward_loop', 'scan_backward_compiled', 'scan_form',
+           'scan_forward', 'scan_backward', 'forward_shapes', 'backward_shapes', 'keep_for_backward', 'scan_gradients',
+           'flops_for', 'selective_scan']
 
 # %% ../../nbs/mixers/18_scan.ipynb #15fefe9a
 import math
 
 import numpy as np
 import torch
-from numba import njit
-from numba.extending import overload, register_jitable
 from torch import Tensor
 
+from ..core.jit import compiled, compiled_as, inlined, jit_refusal
+from ..core.transforms import under_transform
 from .base import FORMULAS
 
 # %% ../../nbs/mixers/18_scan.ipynb #2a1391c2
@@ -125,7 +125,7 @@ def exponential(x):
     raise NotImplementedError("exponential works in compiled code only")
 
 
-@register_jitable(fastmath=FLAGS)
+@inlined(fastmath=FLAGS)
 def exponential_float32(x):
     "2^k times a polynomial in the rest, without branch or call, so that the loop around it becomes vector instructions."
     x = max(x, np.float32(-87))
@@ -139,13 +139,13 @@ def exponential_float32(x):
     return p * np.int32((k + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@register_jitable(fastmath=FLAGS)
+@inlined(fastmath=FLAGS)
 def exponential_float64(x):
     "The library's."
     return math.exp(x)
 
 
-@overload(exponential, jit_options={"fastmath": FLAGS})
+@compiled_as(exponential, jit_options={"fastmath": FLAGS})
 def exponential_compiled(x):
     "Choose by type."
     return (lambda x: exponential_float32(x)) if x.bitwidth == 32 else (lambda x: exponential_float64(x))
@@ -154,7 +154,7 @@ def exponential_compiled(x):
 TILE = 64  # features whose states stay in the processor's first cache
 
 
-@njit(fastmath=FLAGS, cache=True)
+@compiled(fastmath=FLAGS)
 def forward_loop(u, delta, A, B, C, K, y, starts): # fills y (B,T,E) and starts (B,G+1,N,E), whose first is given
     "One frame after the other, 64 features at a time."
     (batch, T, E), N = u.shape, len(A)
@@ -187,7 +187,7 @@ def scan_forward_compiled(u, delta, A, B, C, state): # → y (B,T,E), states bef
     return y, starts
 
 # %% ../../nbs/mixers/18_scan.ipynb #97bd4256
-@njit(fastmath=FLAGS, cache=True)
+@compiled(fastmath=FLAGS)
 def backward_loop(dy, u, delta, A, B, C, starts, K, du, ddelta, dA, dB, dC, dstate): # adds to dA, dB, dC; dstate holds the gradient of the last state
     "Chunk after chunk from the end: its states once more forwards, then the gradients backwards."
     (batch, T, E), N = u.shape, len(A)
@@ -244,10 +244,19 @@ def scan_backward_compiled(dy, dlast, u, delta, A, B, C, starts): # → gradient
     return found
 
 # %% ../../nbs/mixers/18_scan.ipynb #0863fc54
+def scan_form(
+    u: Tensor, # the input
+) -> str: # "reference", "chunks" or "compiled"
+    "Which form runs for a tensor, here and now."
+    if under_transform():
+        return "reference"
+    return "compiled" if u.device.type == "cpu" and jit_refusal() is None else "chunks"
+
+
 @torch.library.custom_op("essl_nb::scan_forward", mutates_args=())
 def scan_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "y, the last state, and the states at the starts of chunks for the way back."
-    scan = scan_forward_compiled if u.device.type == "cpu" else scan_forward_chunks
+    scan = scan_forward_compiled if scan_form(u) == "compiled" else scan_forward_chunks
     y, starts = scan(u, delta, A, B, C, state)
     return y, starts[:, -1].clone(), starts
 
@@ -255,7 +264,7 @@ def scan_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, stat
 @torch.library.custom_op("essl_nb::scan_backward", mutates_args=())
 def scan_backward(dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "The gradients of all that went in."
-    scan = scan_backward_compiled if u.device.type == "cpu" else scan_backward_chunks
+    scan = scan_backward_compiled if scan_form(u) == "compiled" else scan_backward_chunks
     return scan(dy.contiguous(), dlast.contiguous(), u, delta, A, B, C, starts)
 
 
@@ -305,5 +314,8 @@ def selective_scan(
     "`selective_scan_reference`, fast, and with memory for about T·E numbers instead of T·E·N."
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     state = u.new_zeros(len(u), *A.shape) if state is None else state
-    y, last, _ = scan_forward(*(x.to(dtype).contiguous() for x in (u, delta, A, B, C, state)))
+    given = [x.to(dtype).contiguous() for x in (u, delta, A, B, C, state)]
+    if scan_form(u) == "reference":
+        return selective_scan_reference(*given)
+    y, last, _ = scan_forward(*given)
     return y, last

@@ -3,7 +3,7 @@ import torch
 
 from essl_nb.core.shapes import lengths_to_mask, zero_pads
 from essl_nb.ligru.layer import LiGRU, SLiGRU
-from essl_nb.ligru.speechbrain_swap import SwappedLiGRU, from_speechbrain
+from essl_nb.ligru.speechbrain_swap import from_speechbrain, swap_ligru
 from essl_nb.mixers.ligru import LightMixer, StableLightMixer
 
 from . import case, compare
@@ -46,12 +46,12 @@ def sligru():
     return ours_and_theirs(SLiGRU)
 
 
-@case(SwappedLiGRU, package="speechbrain", what="nnet.RNN.LiGRU swapped in place: output and hh together", tolerance=1e-11)
+@case(swap_ligru, package="speechbrain", what="nnet.RNN.LiGRU swapped in place: output and hh together", tolerance=1e-11)
 def swapped():
     import copy
 
     there = theirs(LiGRU)
-    here = SwappedLiGRU(copy.deepcopy(there))
+    here = swap_ligru(copy.deepcopy(there))
     both = lambda layer: lambda x: torch.cat([part.flatten() for part in layer(x)])
     return compare(both(here), both(there), frames(), {n: (p, dict(there.named_parameters())[n]) for n, p in here.named_parameters()})
 
