@@ -10,7 +10,6 @@ __all__ = ['SUFFIXES', 'MIN_SECONDS', 'MAX_SECONDS', 'SILENT_PEAK', 'open_audio'
 import math
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +147,6 @@ class LogMelSpec:
         return self.hop / self.rate
 
 
-@lru_cache(maxsize=8)
 def mel_filters(
     spec: LogMelSpec,
 ) -> Tensor: # (n_fft/2+1, n_mels) float32
@@ -167,17 +165,20 @@ def log_mel(
     wav: Tensor, # (B,N) float32 in [-1,1]
     lengths: Tensor | None = None, # (B,) samples of each clip; None = all N
     spec: LogMelSpec = LogMelSpec(), # settings
-) -> tuple: # mel (B,T,n_mels) with T = N // hop and zeros in the pads, frames (B,) int64
+    *,
+    filters: Tensor | None = None, # (n_fft/2+1, n_mels) float32, `mel_filters(spec)` where the caller keeps it on the device of `wav`
+) -> tuple: # mel (B,T,n_mels) float32 with T = N // hop and zeros in the pads, frames (B,) int64
     "Log-mel frames of a padded batch; each clip's frames are those of the clip alone."
     B, N = wav.shape
     lengths = torch.full((B,), N, device=wav.device) if lengths is None else lengths
+    filters = mel_filters(spec).to(wav.device) if filters is None else filters
     half = spec.n_fft // 2
     with torch.autocast(wav.device.type, enabled=False):
         x = zero_pads(wav.float(), lengths_to_mask(lengths, N))
-        window = torch.hann_window(spec.win, device=wav.device)
+        window = torch.hann_window(spec.win, dtype=torch.float32, device=wav.device)
         X = torch.stft(F.pad(x, (half, half)), spec.n_fft, spec.hop, spec.win, window, center=False, return_complex=True)
         power = X.real.square() + X.imag.square()  # (B,F,1+N//hop)
-        mel = power.transpose(1, 2)[:, : N // spec.hop] @ mel_filters(spec).to(wav.device)  # (B,T,n_mels)
+        mel = power.transpose(1, 2)[:, : N // spec.hop] @ filters.float()  # (B,T,n_mels)
         mel = mel.clamp(min=spec.floor).log()
     frames = lengths // spec.hop
     return zero_pads(mel, lengths_to_mask(frames, N // spec.hop)), frames
