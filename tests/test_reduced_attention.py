@@ -233,7 +233,7 @@ def test_lunas_maps_are_the_weights_used(causal):
         same(mean, F.normalize(luna.unpack_causal(zero_pads(x, mask), **luna.fresh(3, x.device, x.dtype))[0], dim=-1) * mask[:, None, :, None], "directions", 1e-9)
     else:
         luna.packed_context.load_state_dict(dict(weight=torch.eye(16), bias=torch.zeros(16)))
-        same(zero_pads(luna.join(luna.maps(x, mask)["weights"].values @ c), mask), luna(x, mask)[0], "outputs by the map", 1e-12)
+        same(zero_pads(luna.join(luna.maps(x, mask)["weights"].values @ c), mask), luna(x, mask), "outputs by the map", 1e-12)
 
 
 def test_a_following_luna_needs_a_carry_and_gives_up_its_slots():
@@ -244,8 +244,8 @@ def test_a_following_luna_needs_a_carry_and_gives_up_its_slots():
     x, mask = small_batch(dtype=torch.float32)
     with pytest.raises(EsslError, match="follows another"):
         second(x, mask)
-    y, carry = first(x, mask)
-    z, handed = second(y, mask, carry)
+    y, carry = first.mix(x, mask)
+    z, handed = second.mix(y, mask, carry)
     assert handed["packed"].shape == carry["packed"].shape == (3, 4, 16)
     assert second.maps(y, mask, carry)["weights"].values.shape == (3, 4, 21, 21)
     z.sum().backward()

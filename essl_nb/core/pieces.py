@@ -28,7 +28,7 @@ def piece_frames(
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return T
     weights = 0 if layers is None else sum(p.numel() for p in layers.parameters())
-    most = max(least, multiple, max(PIECE, weights // 4) // (len(x) * width or 1))
+    most = max(least, multiple, max(PIECE, weights // 4) // (x.shape[0] * width or 1))
     equal = -(-T // max(1, -(-T // most)))
     return max(least, -(-equal // multiple) * multiple)
 
@@ -44,7 +44,7 @@ def by_pieces(
         return f(slice(0, T))
     for start in range(0, T, frames):
         part = f(slice(start, min(start + frames, T)))
-        y = part.new_empty(len(part), T, *part.shape[2:]) if y is None else y
+        y = part.new_empty(part.shape[0], T, *part.shape[2:]) if y is None else y
         y[:, at : at + part.shape[1]] = part
         at += part.shape[1]
     return y
@@ -73,7 +73,7 @@ def in_pieces(
             z, *beside = made if isinstance(made := before(z), tuple) else (made,)
             z = zero_pads(z, real(s))  # (B,n,E)
         if around:
-            silence = lambda frames: z.new_zeros(len(z), frames, z.shape[2])
+            silence = lambda frames: z.new_zeros(z.shape[0], frames, z.shape[2])
             z = torch.cat([silence(past) if first else kept[0], z, silence(future if last else 0)], 1)
             beside = beside if first else [torch.cat(pair, 1) for pair in zip(kept[1], beside)]
             n = z.shape[1] - around

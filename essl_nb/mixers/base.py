@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.registry import EsslError, Registry, listed, nearest
+from ..core.shapes import check_mask, kind_of
 
 # %% ../../nbs/mixers/20_base.ipynb #564e4506
 mixers = Registry("mixer", home=("essl_nb.mixers",))
@@ -35,7 +36,7 @@ def build_mixer(
     name: str, # a name from `list_mixers()`
     dim: int, # width of the frames
     **arguments, # the mixer's own, such as num_heads or causal
-) -> nn.Module: # the mixer, with torch's default initialisation
+) -> nn.Module: # mixer(x, mask): frames (B,T,D) from (B,T,D); mask (B,T) bool, True = real (torch's key_padding_mask is True in the padding); torch's default initialisation
     "Build a mixer by its name. Raises UnknownName or, for an argument the mixer does not take, EsslError."
     entry = mixers.get(name)
     allowed = list(inspect.signature(entry.obj).parameters)[1:]
@@ -119,7 +120,7 @@ class Mixer(nn.Module):
     needs_position = False  # True: knows no order, so the encoder adds sinusoids
     can_be_causal = True
     streams = True  # a causal one has `init_state` and `step`
-    carries = False  # True: hands something besides the frames to the next layer; forward then takes and returns a `carry`
+    carries = False  # True: hands something besides the frames to the next layer; forward then takes a `carry`, and returns one where hand_on=True
     max_frames = None  # the longest utterance that it can take; None: any
     why_not_causal = "it reads the whole utterance at once"
 
@@ -132,6 +133,17 @@ class Mixer(nn.Module):
         if causal and not self.can_be_causal:
             raise EsslError(f"{type(self).__name__} cannot be causal: {self.why_not_causal}. Build it with causal=False.")
         self.dim, self.causal = dim, causal
+
+    def __call__(self,
+        x: Tensor, # (B,T,D)
+        mask: Tensor | None = None, # (B,T) bool, True = real (torch's key_padding_mask is True in the padding: give ~key_padding_mask), real frames first; None = all real
+        *rest, **more, # a carry, where the mixer carries
+    ) -> Tensor: # (B,T,D), zeros at padded frames
+        "Check what is given, then `forward`, with its hooks. Raises EsslError for frames or a mask of another kind."
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.dim or not x.is_floating_point():
+            raise EsslError(f"The frames are {kind_of(x)}; this {type(self).__name__} takes a tensor of floats (B,T,D) with D = {self.dim}: batch, time, features.")
+        check_mask(mask, x)
+        return super().__call__(x, mask, *rest, **more)
 
     def forward(self,
         x: Tensor, # (B,T,D)
@@ -146,7 +158,7 @@ class Mixer(nn.Module):
         carry: dict | None = None, # what the layer before handed on, named tensors (B,…); None before the first
     ) -> tuple: # (B,T,D) and the carry for the next layer
         "Mix the frames and hand the carry on, changed by a mixer that `carries`, untouched by any other: what blocks call."
-        return self(x, mask, carry) if self.carries else (self(x, mask), carry)
+        return self(x, mask, carry, hand_on=True) if self.carries else (self(x, mask), carry)
 
     def follow(self):
         "Give up what only the first mixer of a stack needs, since the one before hands a carry on."

@@ -22,7 +22,8 @@ def depthwise(
 ) -> Tensor: # (B,T-k+1,D)
     "Filter each feature over time, without padding."
     image = x.transpose(1, 2).unsqueeze(-1)  # (B,D,T,1), channels last in memory
-    image = image.contiguous(memory_format=torch.channels_last)
+    if not torch.compiler.is_exporting():  # where sizes are symbols, a test of strides would fix them
+        image = image.contiguous(memory_format=torch.channels_last)
     y = F.conv2d(image, weight, bias, groups=weight.shape[0])
     return y.squeeze(-1).transpose(1, 2)
 

@@ -99,7 +99,7 @@ class Fastformer(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         q, k, v = self.heads(zero_pads(x, mask))
-        global_k = self.run(q, k, self.start(len(x), x.device, q.dtype))[1] if self.causal else self.weigh(q, k, mask)[2]
+        global_k = self.run(q, k, self.start(x.shape[0], x.device, q.dtype))[1] if self.causal else self.weigh(q, k, mask)[2]
         return zero_pads(self.join(q, v, global_k), mask)
 
     def start(self, batch: int, device, dtype) -> dict:
@@ -123,7 +123,7 @@ class Fastformer(Mixer):
         q, k, _ = self.heads(zero_pads(x, mask))
         alpha, beta, _ = self.weigh(q, k, mask)
         if self.causal:
-            p, _, _ = self.run(q, k, self.start(len(x), x.device, q.dtype))
+            p, _, _ = self.run(q, k, self.start(x.shape[0], x.device, q.dtype))
             a = self.logits(p, self.key_logit)
             beta = (a if mask is None else a.masked_fill(~(mask | ~mask.any(1, keepdim=True))[:, None], -torch.inf)).softmax(-1)
         real = 1 if mask is None else mask[:, None]

@@ -74,8 +74,8 @@ class Luna(Mixer):
     def pack(self, c: Tensor, mask: Tensor | None, carry: dict | None) -> tuple: # slots, their queries and what they have packed
         "The first attention: (B,l,D), (B,H,l,K) and (B,H,l,K) from c (B,H,T,K)."
         if carry is None and self.packed is None:
-            raise EsslError("This Luna follows another one: give it the carry that the other's forward returns.")
-        slots = self.packed_norm(self.packed if carry is None else carry["packed"]).expand(len(c), -1, -1)
+            raise EsslError("This Luna follows another one: give it the carry that the other's mix returns, or call mix on both.")
+        slots = self.packed_norm(self.packed if carry is None else carry["packed"]).expand(c.shape[0], -1, -1)
         query = self.split(self.pack_query(slots))
         seen = None if mask is None else (mask | ~mask.any(1, keepdim=True))[:, None, None]  # (B,1,1,T)
         return slots, query, attend(query, c, c, seen)
@@ -90,21 +90,22 @@ class Luna(Mixer):
             y, u, sums = running_attention(q * scale, c, a, sums.to(c.dtype), count)
         return y, u, a, sums
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None):
-        "(B,T,D), (B,T), {packed: (B,l,D)} → (B,T,D), {packed: (B,l,D)}; causal: (B,T,D), (B,T) → (B,T,D)"
+    def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None, *, hand_on: bool = False):
+        "(B,T,D), (B,T), {packed: (B,l,D)} → (B,T,D); with hand_on=True, which `mix` says, {packed: (B,l,D)} beside it"
         x = zero_pads(x, mask)
         if self.causal:
-            y = self.unpack_causal(x, **self.fresh(len(x), x.device, x.dtype))[0]
-            return zero_pads(self.join(y), mask)
+            y = self.unpack_causal(x, **self.fresh(x.shape[0], x.device, x.dtype))[0]
+            return zero_pads(self.join(y.to(x.dtype)), mask)
         q, c = (self.split(z) for z in self.query_context(x).chunk(2, -1))
         slots, _, pc = self.pack(c, mask, carry)
         pc = pc.transpose(1, 2).flatten(2)  # (B,l,D)
         k = self.split(self.packed_context(pc))
-        return zero_pads(self.join(attend(q, k, k)), mask), {"packed": slots + pc}
+        y = zero_pads(self.join(attend(q, k, k)), mask)
+        return (y, {"packed": slots + pc}) if hand_on else y
 
     def join(self, y: Tensor) -> Tensor: # (B,H,T,K) → (B,T,D)
         "Put the heads side by side and mix their features."
-        return self.out(y.transpose(1, 2).flatten(2).to(self.out.weight.dtype))
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def fresh(self, batch: int, device, dtype) -> dict:
         "Empty slots."
@@ -118,14 +119,14 @@ class Luna(Mixer):
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
         y, _, _, sums = self.unpack_causal(x, state["sums"], state["count"])
-        return self.join(y), {"sums": sums, "count": state["count"] + x.shape[1]}
+        return self.join(y.to(x.dtype)), {"sums": sums, "count": state["count"] + x.shape[1]}
 
     def maps(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> dict: # "weights": Map (B,H,T,T)
         "Unpack weights times pack weights of each head, rows scaled to sum 1 in the causal form; rows of padded frames are 0."
         x = zero_pads(x, mask)
         q, c = (self.split(z) for z in self.query_context(x).chunk(2, -1))
         if self.causal:
-            _, u, a, _ = self.unpack_causal(x, **self.fresh(len(x), x.device, x.dtype))
+            _, u, a, _ = self.unpack_causal(x, **self.fresh(x.shape[0], x.device, x.dtype))
             weights = (u @ a.mT).tril()
             weights = weights / weights.sum(-1, keepdim=True)
         else:

@@ -47,13 +47,13 @@ class SelectiveSSM(nn.Module):
         u = F.silu(depthwise(x, self.conv.weight, self.conv.bias))  # (B,C,E)
         step, b, c = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         delta = F.softplus(self.dt_proj(step) + self.dt_bias)
-        A = -self.A_log.exp().view(self.d_state, -1)  # (N,E)
+        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp().view(self.d_state, -1)  # (N,E)
         y, state = selective_scan(u, delta, A, b, c, state)
         return y + u * self.D, x[:, x.shape[1] - self.d_conv + 1:], state
 
     def whole(self, x: Tensor) -> Tensor: # (B,T,E) → (B,T,E)
         "All frames from silence on, piece by piece where nothing has to be kept for gradients."
-        past, state = x.new_zeros(len(x), self.d_conv - 1, x.shape[2]), None
+        past, state = x.new_zeros(x.shape[0], self.d_conv - 1, x.shape[2]), None
 
         def piece(s):
             nonlocal past, state
@@ -86,7 +86,7 @@ class Mamba(Mixer):
 
     def silence(self, x: Tensor) -> Tensor: # (B,d_conv-1,E)
         "What the convolution sees before the first frame."
-        return x.new_zeros(len(x), self.ahead.d_conv - 1, self.inner)
+        return x.new_zeros(x.shape[0], self.ahead.d_conv - 1, self.inner)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
@@ -94,7 +94,7 @@ class Mamba(Mixer):
         y = [self.ahead.whole(x)]
         if not self.causal:
             y.append(reverse_within(self.back.whole(reverse_within(x, mask)), mask))
-        gated = lambda s: self.out_proj(sum(way[:, s] for way in y) * F.silu(z[:, s]))
+        gated = lambda s: self.out_proj((sum(way[:, s] for way in y) * F.silu(z[:, s])).to(self.ahead.D.dtype))
         return zero_pads(by_pieces(gated, z, piece_frames(z, self.inner, self.out_proj)), mask)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
@@ -106,4 +106,4 @@ class Mamba(Mixer):
         "The next frames of a stream."
         x, z = self.in_proj(x).chunk(2, -1)
         y, past, ssm = self.ahead(x, state["past"], state["ssm"])
-        return self.out_proj(y * F.silu(z)), {"past": past, "ssm": ssm}
+        return self.out_proj((y * F.silu(z)).to(self.ahead.D.dtype)), {"past": past, "ssm": ssm}

@@ -58,7 +58,17 @@ class Recurrent(Mixer):
         if x.device.type == "meta" and isinstance(cell, nn.RNNBase):
             return self.shapes(cell, x)
         with torch.autocast(x.device.type, enabled=False):
-            return cell(x.to(next(cell.parameters()).dtype), state)
+            p = next(cell.parameters(), None)  # cells of eight bits have none, and read float32
+            x = x.to(torch.float32 if p is None else p.dtype)
+            return self.written(cell, x, state) if isinstance(cell, nn.RNNBase) and torch.compiler.is_compiling() else cell(x, state)
+
+    def written(self, cell: nn.RNNBase, x: Tensor, state=None) -> tuple:
+        "torch's own function in the place of its module, which `torch.compile` does not enter; compiled, it becomes one step after the other for the example's number of frames."
+        weights = [cell.weight_ih_l0, cell.weight_hh_l0, cell.bias_ih_l0, cell.bias_hh_l0]
+        start = tuple(x.new_zeros(1, x.shape[0], self.hidden) for _ in self.state_names) if state is None else state
+        function = torch.lstm if isinstance(cell, nn.LSTM) else torch.gru
+        y, *last = function(x, start if len(self.state_names) > 1 or not isinstance(start, tuple) else start[0], weights, True, 1, 0.0, self.training, False, True)
+        return y, tuple(last) if len(last) > 1 else last[0]
 
     def shapes(self, cell: nn.RNNBase, x: Tensor) -> tuple:
         "What torch's own cells give on the meta device, with the products of all frames at once instead of frame by frame."

@@ -54,7 +54,7 @@ class RelPos(Attention):
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor: # (B,H,Q,K), (B,H,S,K), (B,S) → (B,H,Q,S)
         "Softmax weights of the last Q of S frames over all of them."
         (H, Q, K), S = q.shape[1:], k.shape[2]
-        r = encodings(S - 1, S + (1 if self.causal else Q), self.dim, q.device, self.distance.weight.dtype)
+        r = encodings(S - 1, S + (1 if self.causal else Q), self.dim, q.device, q.dtype)
         r = self.distance(r).view(-1, H, K).transpose(0, 1)  # (H,P,K)
         scores = (q + self.u) / K**0.5 @ k.mT + shift((q + self.v) / K**0.5 @ r.mT, S)  # (B,H,Q,S)
         if self.causal:

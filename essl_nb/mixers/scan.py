@@ -7,7 +7,7 @@ __all__ = ['FLAGS', 'TILE', 'selective_scan_reference', 'chunk_frames', 'in_chun
            'scan_backward_chunks', 'exponential', 'exponential_float32', 'exponential_float64', 'exponential_compiled',
            'forward_loop', 'scan_forward_compiled', 'backward_loop', 'scan_backward_compiled', 'scan_form',
            'scan_forward', 'scan_backward', 'forward_shapes', 'backward_shapes', 'keep_for_backward', 'scan_gradients',
-           'flops_for', 'selective_scan']
+           'flops_for', 'selective_scan_written', 'selective_scan']
 
 # %% ../../nbs/mixers/18_scan.ipynb #15fefe9a
 import math
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.jit import compiled, compiled_as, inlined, jit_refusal
 from ..core.transforms import under_transform
+from ..core.traced import exporting_onnx, scan_frames
 from .base import FORMULAS
 
 # %% ../../nbs/mixers/18_scan.ipynb #2a1391c2
@@ -30,7 +31,7 @@ def selective_scan_reference(
     state: Tensor | None = None, # (B,N,E) before the first frame; zeros by default
 ) -> tuple: # y (B,T,E) and the state after the last frame (B,N,E)
     "One frame after the other, as the equation says."
-    h = u.new_zeros(len(u), *A.shape) if state is None else state
+    h = u.new_zeros(u.shape[0], *A.shape) if state is None else state
     y = []
     for t in range(u.shape[1]):
         decay = (delta[:, t, None] * A).exp()  # (B,N,E)
@@ -181,7 +182,7 @@ def forward_loop(u, delta, A, B, C, K, y, starts): # fills y (B,T,E) and starts 
 def scan_forward_compiled(u, delta, A, B, C, state): # → y (B,T,E), states before each chunk and after the last (B,G+1,N,E)
     "The loop, on arrays that share the tensors' memory."
     K = chunk_frames(u.shape[1])
-    y, starts = torch.empty_like(u), u.new_empty(len(u), -(-u.shape[1] // K) + 1, *A.shape)
+    y, starts = torch.empty_like(u), u.new_empty(u.shape[0], -(-u.shape[1] // K) + 1, *A.shape)
     starts[:, 0] = state
     forward_loop(*(x.detach().numpy() for x in (u, delta, A, B, C)), K, y.numpy(), starts.numpy())
     return y, starts
@@ -272,7 +273,7 @@ def scan_backward(dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor
 def forward_shapes(u, delta, A, B, C, state):
     "Shapes only."
     chunks = -(-u.shape[1] // chunk_frames(u.shape[1]))
-    return torch.empty_like(u), torch.empty_like(state), u.new_empty(len(u), chunks + 1, *A.shape)
+    return torch.empty_like(u), torch.empty_like(state), u.new_empty(u.shape[0], chunks + 1, *A.shape)
 
 
 @scan_backward.register_fake
@@ -303,6 +304,18 @@ FORMULAS[torch.ops.essl_nb.scan_forward] = flops_for(4)
 FORMULAS[torch.ops.essl_nb.scan_backward] = flops_for(11)
 
 
+def selective_scan_written(u, delta, A, B, C, state) -> tuple: # y (B,T,E), the last state (B,N,E)
+    "The reference as one operator for files of other runtimes."
+
+    def frame(state, now):
+        u, delta, b, c = now
+        h = (delta[:, None] * A).exp() * state[0] + b[..., None] * (delta * u)[:, None]  # (B,N,E)
+        return (h,), (c[..., None] * h).sum(1)
+
+    (last,), y = scan_frames(frame, (state,), (u, delta, B, C))
+    return y, last
+
+
 def selective_scan(
     u: Tensor, # (B,T,E) input
     delta: Tensor, # (B,T,E) step sizes, 0 or more
@@ -313,7 +326,9 @@ def selective_scan(
 ) -> tuple: # y (B,T,E) and the state after the last frame (B,N,E), in float32 at least
     "`selective_scan_reference`, fast, and with memory for about T·E numbers instead of T·E·N."
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
-    state = u.new_zeros(len(u), *A.shape) if state is None else state
+    state = u.new_zeros(u.shape[0], *A.shape) if state is None else state
+    if exporting_onnx():
+        return selective_scan_written(*(x.to(dtype) for x in (u, delta, A, B, C, state)))
     given = [x.to(dtype).contiguous() for x in (u, delta, A, B, C, state)]
     if scan_form(u) == "reference":
         return selective_scan_reference(*given)

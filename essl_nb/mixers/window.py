@@ -83,7 +83,8 @@ class Window(Attention):
         q, k, v = (F.pad(z.transpose(1, 2), (0, 0, 0, 0, 0, N * C - T)).view(B, N, C, H, -1) for z in self.heads(zero_pads(x, mask)))
         k, v = (neighbours(z, self.left, self.right).flatten(0, 1).transpose(1, 2) for z in (k, v))  # (B·N,H,S,K)
         seen = self.in_sight(T, mask, x.device)
-        y = attend(q.flatten(0, 1).transpose(1, 2), k, v, seen.repeat(B * N // len(seen), 1, 1, 1))  # (B·N,H,C,K)
+        seen = seen.repeat(B, 1, 1, 1) if mask is None or self.causal else seen  # (B·N,1,·,S)
+        y = attend(q.flatten(0, 1).transpose(1, 2), k, v, seen)  # (B·N,H,C,K)
         y = y.transpose(1, 2).reshape(B, N * C, D)[:, :T]
         return zero_pads(self.out(y), mask)
 

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.config import derive_seed
-from ..core.shapes import lengths_to_mask, zero_pads
+from ..core.shapes import lengths_to_mask, mask_of, zero_pads
 from .block import blocks
 from .config import POSITION_GROUPS, POSITION_KERNEL, EncoderConfig
+from .entry import check_features, check_span, check_wave
 from .frontend import frontends
 from .hub import Hub
 
 # %% ../../nbs/models/42_encoder.ipynb #9735b023
 def sinusoids(T: int, dim: int, device=None) -> Tensor: # (T,D), unit variance over time
     "Sinusoidal position (1706.03762 section 3.5), scaled to unit variance."
-    rates = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(1e4) / dim))
+    rates = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(1e4) / dim))
     angles = torch.arange(T, device=device)[:, None] * rates  # (T,D/2)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :dim] * 2**0.5
 
@@ -94,26 +95,41 @@ class Encoder(Hub, nn.Module):
         "Seconds from one frame to the next."
         return self.frontend.frame_seconds
 
-    def forward(self, wav: Tensor, lengths: Tensor | None = None) -> Encoded:
-        "Frames of waveforms (B,N) at 16 kHz; `lengths` (B,) in samples."
-        if lengths is None:
-            lengths = torch.full((len(wav),), wav.shape[1], device=wav.device)
-        return self.from_features(*self.frontend.features(wav, lengths))
+    def forward(self,
+        x: Tensor, # (B,N) waveforms at 16 kHz, floats in [-1, 1]; with features=True (B,T,F), as `frontend.features` gives them
+        lengths=None, # (B,) real samples, or features, of each: whole numbers; None: all
+        *,
+        features: bool = False, # x holds features
+        span: Tensor | None = None, # (B,T') bool, True = hidden, at the encoder's rate
+        generator: torch.Generator | None = None, # source of what stands in hidden frames
+    ) -> Encoded:
+        "The one door: whatever wraps an encoder (DistributedDataParallel, FSDP, compile) sees its calls pass here. Raises EsslError for what it cannot take."
+        if features:
+            return self.encode(x, check_features(x, lengths), span, generator)
+        lengths = check_wave(x, lengths, self.frontend.least_samples)
+        raw, frames = self.frontend.features(x, lengths)
+        return self.encode(raw, None if lengths is None else frames, span, generator)
 
-    def embed(self, mel, lengths, span=None, generator=None): # (B,T,D), (B,), (B,T) bool or None
-        "The first frames, their lengths, and the mask (None where all are real)."
+    def from_features(self, mel: Tensor, lengths=None, *, span: Tensor | None = None, generator=None) -> Encoded:
+        "Frames of raw features (B,T,F): `self(mel, lengths, features=True, span=span)` for an encoder that nothing wraps."
+        return self.encode(mel, check_features(mel, lengths), span, generator)
+
+    def embed(self, mel, lengths, span=None, generator=None): # (B,T,D), (B,) and (B,T) bool, both None where all are real
+        "The first frames, their lengths, and the mask."
+        check_span(span, mel.shape[0], self.frontend.out_lengths(mel.shape[1]))
         x, lengths = self.frontend(mel, lengths, span, generator)
         B, T, D = x.shape
-        mask = None if bool((lengths == T).all()) else lengths_to_mask(lengths, T)
+        mask = mask_of(lengths, T)
         if self.adds_position:
             x = zero_pads(x + sinusoids(T, D, x.device).to(x.dtype), mask)
         if self.position is not None:
             x = self.position(x, mask)
         return x, lengths, mask
 
-    def from_features(self, mel: Tensor, lengths: Tensor, *, span: Tensor | None = None, generator=None) -> Encoded:
-        "Frames of raw features (B,T,F), as `frontend.features` gives them; `span` (B,T') bool hides frames of the encoder's rate."
+    def encode(self, mel, lengths, span, generator) -> Encoded:
+        "All layers over what has been checked; `lengths` is None where all is real."
         x, lengths, mask = self.embed(mel, lengths, span, generator)
+        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device) if lengths is None else lengths
         if self.norm_first:
             x = zero_pads(self.norm(x), mask)
         layers, carry = [x], None

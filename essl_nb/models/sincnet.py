@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from .frontend import WaveFrontend, frontends, silence
+from .frontend import Constants, WaveFrontend, frontends, silence
 
 # %% ../../nbs/models/47_sincnet.ipynb #84179468
-class SincFilters(nn.Module):
+class SincFilters(Constants):
     "Band-pass filters with learnt cutoffs."
 
     def __init__(self,
@@ -35,12 +35,18 @@ class SincFilters(nn.Module):
         corners = 700 * (10 ** (mel / 2595) - 1)  # (filters+1) Hz
         self.low = nn.Parameter((corners[:-1] - lowest) / 1000)  # kHz above `lowest`
         self.band = nn.Parameter((corners.diff() - narrowest).clamp(min=0) / 1000)  # kHz above `narrowest`
-        self.register_buffer("window", torch.hamming_window(kernel, periodic=False), persistent=False)
+        self.kernel = kernel
+        self.keep_constants()
+
+    def constants(self) -> dict: # {window: (kernel,)}
+        "Hamming's window."
+        return {"window": torch.hamming_window(self.kernel, periodic=False, dtype=torch.float32)}
 
     def cutoffs(self) -> tuple: # lower and upper, each (filters,) in Hz
         "In order, apart by `narrowest`, and at most half the rate."
-        low = (self.lowest + 1000 * self.low.abs()).clamp(max=self.rate / 2 - self.narrowest)
-        return low, (low + self.narrowest + 1000 * self.band.abs()).clamp(max=self.rate / 2)
+        low, band = (p.to(self.window.dtype).abs() for p in (self.low, self.band))
+        low = (self.lowest + 1000 * low).clamp(max=self.rate / 2 - self.narrowest)
+        return low, (low + self.narrowest + 1000 * band).clamp(max=self.rate / 2)
 
     def weight(self) -> Tensor: # (filters,1,kernel)
         "The taps: 2f₂ sinc(2πf₂n) − 2f₁ sinc(2πf₁n), windowed (1808.00158, eq. 4 to 6)."
@@ -82,20 +88,22 @@ class SincNetFrontend(WaveFrontend):
         self.layers = nn.ModuleList(nn.Conv1d(a, b, k, s) for a, b, (k, s) in zip(sizes, sizes[1:], STRIDES[1:]))
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes)
 
-    def energies(self, wav: Tensor, lengths: Tensor) -> tuple: # (B,filters,T), at 800 Hz, not silenced; (B,), is there padding?
+    def energies(self, wav: Tensor, lengths: Tensor | None) -> tuple: # (B,filters,T), at 800 Hz, not silenced; (B,), or None where all is real
         "The size of each band, every 20 samples."
-        x, padded = self.enter(wav, lengths)
+        x, lengths = self.enter(wav, lengths)
         (kernel, stride), (pooled, step) = self.convolutions[:2]
-        x, lengths = self.filters(silence(x, lengths, padded), stride).abs(), self.after(lengths, kernel, stride)
-        x, lengths = F.avg_pool1d(silence(x, lengths, padded), pooled, step), self.after(lengths, pooled, step)
-        return (x + QUIET).log() if self.compress == "log" else x, lengths, padded
+        later = lambda kernel, stride: None if lengths is None else self.after(lengths, kernel, stride)
+        x, lengths = self.filters(silence(x, lengths), stride).abs(), later(kernel, stride)
+        x, lengths = F.avg_pool1d(silence(x, lengths), pooled, step), later(pooled, step)
+        return (x + QUIET).log() if self.compress == "log" else x, lengths
 
     def forward(self, wav, lengths, span=None, generator=None): # (B,T',D), (B,)
         "Frames from samples (B,N,1); `span` (B,T') bool hides frames."
-        x, inside, padded = self.energies(wav, lengths)
-        x = self.norms[0](x.transpose(1, 2)).transpose(1, 2)
+        x, inside = self.energies(wav, lengths)
+        x = self.norms[0](x.transpose(1, 2).to(self.norms[0].weight.dtype)).transpose(1, 2)
         for layer, norm, (kernel, stride) in zip(self.layers, self.norms[1:], STRIDES[1:]):
-            x, inside = layer(silence(x, inside, padded)), self.after(inside, kernel, stride)
+            x = layer(silence(x, inside))
+            inside = None if inside is None else self.after(inside, kernel, stride)
             x = norm(x.transpose(1, 2)).transpose(1, 2)
             x = x if layer is self.layers[-1] else F.gelu(x)
         return self.leave(x.transpose(1, 2), lengths, span)

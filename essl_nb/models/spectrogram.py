@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from ..core.shapes import lengths_to_mask, zero_pads
+from ..core.shapes import mask_of, zero_pads
 from ..mixers.efficientnet import NORMS
 from .frontend import MelFrontend, frontends
 
@@ -85,9 +85,9 @@ class EfficientNetFrontend(MelFrontend):
 
     def forward(self, mel, lengths, span=None, generator=None): # (B,T',D), (B,)
         "Frames from raw log-mel (B,T,F); `span` (B,T') bool hides frames of the output's rate."
-        x = self.stem(self.enter(mel, lengths, span, generator)[..., None])  # (B,T',F/2,C)
-        lengths = self.out_lengths(lengths)
-        mask = lengths_to_mask(lengths, x.shape[1])
+        x = self.stem(self.enter(mel, lengths, span, generator)[..., None].to(self.stem.weight.dtype))  # (B,T',F/2,C)
+        lengths = None if lengths is None else self.out_lengths(lengths)
+        mask = mask_of(lengths, x.shape[1])
         x = F.silu(self.stem_norm(x))
         for block in self.blocks:
             x = block(x, mask)

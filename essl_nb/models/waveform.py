@@ -20,8 +20,9 @@ def standardise(
     real: Tensor | None = None, # (B,T) bool, True = real
 ) -> Tensor: # (B,T,C), zeros in the padding
     "Each feature to mean 0 and variance 1 over the real frames."
-    away = zero_pads(x - masked_mean(x, real)[:, None], real)
-    return away * (masked_mean(away**2, real)[:, None] + 1e-5).rsqrt()
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    away = zero_pads(exact - masked_mean(exact, real)[:, None], real)
+    return (away * (masked_mean(away**2, real)[:, None] + 1e-5).rsqrt()).to(x.dtype)
 
 
 class FeatureNorm(nn.LayerNorm):
@@ -82,16 +83,17 @@ class Wav2Vec2Frontend(WaveFrontend):
 
     def features(self, wav: Tensor, lengths: Tensor): # (B,N,1), (B,)
         "The samples, with silence in the padding."
-        x, lengths = super().features(wav, lengths)
-        return standardise(x, lengths_to_mask(lengths, wav.shape[1])) if self.normalise else x, lengths
+        x, samples = super().features(wav, lengths)
+        return standardise(x, lengths_to_mask(samples, wav.shape[1])) if self.normalise else x, samples
 
     def convolved(self, wav: Tensor, lengths: Tensor) -> Tensor: # (B,T',C)
         "What leaves the last convolution; not silenced."
-        x, padded = self.enter(wav, lengths)
+        x, lengths = self.enter(wav, lengths)
         for i, (layer, (kernel, stride)) in enumerate(zip(self.layers, self.convolutions)):
-            x, lengths = layer(silence(x, lengths, padded)), self.after(lengths, kernel, stride)
+            x = layer(silence(x.to(layer.weight.dtype), lengths))
+            lengths = None if lengths is None else self.after(lengths, kernel, stride)
             if i < len(self.norms):
-                x = self.norms[i](x, lengths_to_mask(lengths, x.shape[-1]) if padded else None)
+                x = self.norms[i](x, None if lengths is None else lengths_to_mask(lengths, x.shape[-1]))
             x = F.gelu(x)
         return x.transpose(1, 2)
 

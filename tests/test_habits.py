@@ -1,0 +1,139 @@
+"""What users of PyTorch do with any module, done with encoders of every mixer: compile, export, eight bits, copies, replicas."""
+import copy
+import os
+import pickle
+import socket
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from essl_nb.core.registry import EsslError
+from essl_nb.mixers.base import list_mixers, mixers
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
+from essl_nb.models.export import Door, export_onnx
+from essl_nb.models.frontend import frontends
+
+NAMES = list_mixers()
+BASELINE = next(e.name for e in mixers if e.meta.get("baseline"))
+QUICK = [BASELINE, *(n for n in NAMES if mixers.get(n).obj.carries), *(e.name for e in mixers if e.meta.get("control"))]
+WAV, LENGTHS = 0.1 * torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)), torch.tensor([4000, 2500])
+some_then_all = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+
+
+def tiny(name, **kw):
+    return build_encoder(EncoderConfig(name, dim=16, depth=2, mixer_kw=mixers.get(name).meta.get("tiny", {}), **kw), seed=0).eval()
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all real", "padded"])
+@some_then_all
+def test_compiled_as_one_graph_it_gives_the_same(name, lengths):
+    torch._dynamo.reset()
+    encoder = tiny(name)
+    cells = any(isinstance(m, torch.nn.RNNBase) for m in encoder.modules())
+    with torch._dynamo.config.patch(allow_rnn=cells):  # torch's compiler enters its own GRU and LSTM only where this is set
+        got = torch.compile(encoder, fullgraph=True, backend="aot_eager")(WAV, lengths)
+    want = encoder(WAV, lengths)
+    torch.testing.assert_close(got.frames, want.frames, atol=1e-4, rtol=1e-3)
+    assert got.lengths.tolist() == want.lengths.tolist()
+
+
+@some_then_all
+def test_exported_it_gives_the_same_and_leaves_no_trace(name):
+    encoder = tiny(name)
+    program = torch.export.export(Door(encoder), (WAV, LENGTHS), strict=False)
+    want = encoder(WAV, LENGTHS)
+    frames, lengths = program.module()(WAV, LENGTHS)
+    torch.testing.assert_close(frames, want.frames, atol=1e-4, rtol=1e-3)
+    assert lengths.tolist() == want.lengths.tolist() and type(want.frames) is torch.Tensor and want.frames.isfinite().all()
+
+
+def test_a_failed_export_leaves_the_encoder_as_it_was():
+    encoder = tiny(BASELINE)
+    with pytest.raises(Exception):
+        torch.export.export(Door(encoder), (WAV, LENGTHS[:1]), strict=False)
+    assert float(encoder(WAV).frames.detach().abs().max()) > 0
+
+
+@some_then_all
+def test_a_file_for_other_runtimes_gives_the_same(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    said = export_onnx(tiny(name), tmp_path / "encoder.onnx", dynamic=False, samples=4000)
+    assert said["parity"] < 1e-3 and said["mixer"] == name and (tmp_path / "encoder.onnx").stat().st_size > 0
+
+
+def test_what_exporting_needs_is_named(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(EsslError, match="essl_nb\\[export\\]"):
+        export_onnx(tiny(BASELINE), tmp_path / "encoder.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_bits_are_near(name):
+    encoder = tiny(name)
+    small = torch.ao.quantization.quantize_dynamic(encoder, {torch.nn.Linear, torch.nn.GRU, torch.nn.LSTM}, torch.qint8)
+    want, got = encoder(WAV, LENGTHS).frames, small(WAV, LENGTHS).frames
+    assert (got - want).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_second_lives(name):
+    encoder = tiny(name)
+    want = encoder(WAV, LENGTHS).frames
+    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(other(WAV, LENGTHS).frames, want)
+    assert torch.equal(torch.func.functional_call(encoder, dict(encoder.named_parameters()), (WAV, LENGTHS)).frames, want)
+    with torch.inference_mode():
+        assert torch.equal(encoder(WAV, LENGTHS).frames, want)
+    encoder.train()(WAV, LENGTHS).frames.sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_can_be_computed_again_in_the_backward_pass(name):
+    plain, again = tiny(name).train(), tiny(name).train()
+    for block in again.blocks:
+        block.forward = lambda *given, f=block.forward: checkpoint(f, *given, use_reentrant=False)
+    for encoder in (plain, again):
+        encoder(WAV, LENGTHS).frames.square().sum().backward()
+    for p, q in zip(plain.parameters(), again.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
+
+
+def replica(rank: int, port: int, cases: list, out):
+    "Three steps of a replica; what differs between the two is written down."
+    from torch import distributed as dist
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for name, front in cases:
+        model = torch.nn.parallel.DistributedDataParallel(tiny(name, frontend=front).train())
+        optimiser = torch.optim.SGD(model.parameters(), 0.01)
+        for step in range(3):
+            wav = 0.1 * torch.randn(2, 4000, generator=torch.Generator().manual_seed(10 * step + rank))
+            given = (wav, LENGTHS) if step else model.module.frontend.features(wav, LENGTHS)
+            model(*given, features=not step).frames.square().mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        if not torch.equal(*both):
+            (out / f"{name}-{front}").touch()
+    dist.barrier()
+    (out / f"done{rank}").touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("cases", [[(BASELINE, f) for f in frontends.names()], pytest.param([(n, frontends.names()[0]) for n in NAMES], marks=pytest.mark.slow)], ids=["front ends", "mixers"])
+def test_replicas_stay_equal_whatever_is_given(cases, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(replica, (port, cases, tmp_path), 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["done0", "done1"]
