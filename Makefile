@@ -4,11 +4,12 @@ JOBS ?= 2
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lab docs export clean
+.PHONY: help run test gpu check lab docs export clean
 
 help:
 	@echo "make run      open the explorer in a browser (first time: makes .venv, about 7 GB on Linux)"
 	@echo "make test     every check and test (ARGS='-k shapes' picks some, ARGS=--slow adds the slow ones, JOBS=4 runs four at a time)"
+	@echo "make gpu      kernels, layers, mixers and training steps on an NVIDIA GPU, in about 8 minutes (ARGS=--list shows the cases)"
 	@echo "make lab      JupyterLab on the tutorials"
 	@echo "make export   clean the notebooks, write essl_nb/ and README.md from them"
 	@echo "make check    say whether notebooks, modules and README.md are in step (make test does this first)"
@@ -25,6 +26,10 @@ test:
 	@$(PY) tools/check.py
 	@echo "essl_nb: running the tests, $(JOBS) at a time"
 	@$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+gpu:
+	@sh tools/env.sh dev
+	@$(PY) tools/gpu.py $(ARGS)
 
 check:
 	@sh tools/env.sh dev
