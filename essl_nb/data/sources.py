@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..core.files import atomic_write, cache_dir
 from ..core.registry import EsslError
-from .corpus import Corpus, corpus_from_rows, keep_array
+from .corpus import Corpus, corpus_from_rows
+from .tables import keep_array
 
 # %% ../../nbs/data/132_sources.ipynb #08de1260
 def whole_file(
