@@ -27,7 +27,7 @@ TOO_LONG = 300  # s; a loaded machine is slow
 
 def start(tmp: Path, study: Path, corpus: Path, **more) -> tuple: # (process, address)
     "The command, started as a user would."
-    call = f"from essl_nb.core.command import essl_explore; essl_explore(['--port', '0', '--results', {str(study)!r}, '--corpus', {str(corpus)!r}, '--no_browser'])"
+    call = f"from essl_nb.app.explorer import essl_explore; essl_explore(port=0, results={str(study)!r}, corpus={str(corpus)!r}, no_browser=True)"
     env = {**os.environ, "GRADIO_TEMP_DIR": str(tmp), **more}
     process = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     said = []
@@ -295,5 +295,5 @@ def test_ports_are_answered_in_words(monkeypatch):
 
 
 def test_the_command_ends_in_a_sentence():
-    done = subprocess.run([sys.executable, "-c", "from essl_nb.core.command import essl_explore; raise SystemExit(essl_explore(['--port', '70000', '--no_browser']))"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "from essl_nb.core.command import status_of; from essl_nb.app.explorer import essl_explore; raise SystemExit(status_of('essl_explore', lambda: essl_explore(port=70000, no_browser=True)))"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("essl_explore: There is no port 70000")

@@ -114,6 +114,7 @@ class Launch:
         from essl_nb.app.page import head
 
         self.app, self.uploads, self.first_views, self.start = app, uploads, first_views, app.launch
+        self.painting, self.ended = None, False
         self.keywords = LAUNCH | dict(theme=theme(), css=CSS, head=head())
 
     def __call__(self, *args, **more):
@@ -124,7 +125,8 @@ class Launch:
 
         settings = self.keywords | more
         hosted = settings["share"] or settings["server_name"] not in LOOPBACK
-        Thread(target=self.paint_first, daemon=True).start()
+        self.painting, self.ended = Thread(target=self.paint_first, daemon=True), False
+        self.painting.start()
         with without_proxy():
             return self.start(*args, **settings, _app=self.guarded(hosted))
 
@@ -142,9 +144,17 @@ class Launch:
 
         return Guarded(auth_dependency=None, default_response_class=ORJSONResponse)
 
+    def end(self, patience: float = 20.0): # seconds
+        "Let a first view that is being made come to its end; a process that ends beneath it would be aborted."
+        self.ended = True
+        if self.painting is not None:
+            self.painting.join(patience)
+
     def paint_first(self):
         "Make the first views part of the page."
         for view in self.first_views:
+            if self.ended:
+                return
             try:
                 for component, update in view().items():
                     for name, value in attributes_of(update).items():
@@ -214,10 +224,11 @@ def wait_for_end(app):
         signal.signal(signal.SIGTERM, stop)
     try:
         app.block_thread()
-    except (KeyboardInterrupt, OSError):
+    except (KeyboardInterrupt, OSError, SystemExit):
         pass
     finally:
         app.close(verbose=False)
+        app.launch.end()
 
 # %% ../../nbs/app/90_explorer.ipynb #b5ff466c
 PORTS = 65535  # the last one there is
