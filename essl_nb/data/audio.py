@@ -18,8 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,6 +105,8 @@ def open_stream(
     stream: Stream, # of those that `layout` found
 ):
     "A SoundFile open for reading. Raises EsslError for one that is not audio, without samples, or an hour long or more."
+    import soundfile  # not needed where log-mel is made of waveforms
+
     with ExitStack() as stack:
         try:
             f = stack.enter_context(soundfile.SoundFile(stack.enter_context(stream.open(path))))
@@ -150,11 +150,13 @@ class SampleSum:
 
 
 def read_mono(
-    f: soundfile.SoundFile, # open for reading
+    f, # a SoundFile open for reading
     rate: int, # samples per second wanted
     check: SampleSum | None = None, # for FLAC
 ) -> tuple: # (N,) float32 array, samples delivered at the file's own rate, the share of the channels' power that their mean has
     "Read, mix down and resample block by block."
+    import soxr
+
     resampler = None if f.samplerate == rate else soxr.ResampleStream(f.samplerate, rate, 1, dtype="float32")
     parts, count, block, powers = [], 0, 30 * f.samplerate, np.zeros(2)
     while True:
@@ -176,6 +178,8 @@ def load_stream(
     rate: int, # samples per second wanted
 ) -> np.ndarray: # (N,) float32
     "Decode one stream. Raises EsslError where it is not what it announces."
+    import soundfile
+
     with open_stream(path, stream) as f:
         told = flac_sum(path, stream) if f.format == "FLAC" else None
         check = told and SampleSum(*told)
