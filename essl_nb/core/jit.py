@@ -235,7 +235,9 @@ def compiled(function=None, **options):
 
 def inlined(**options):
     "A decorator for what compiled functions call, and Python may call as well."
-    return partial(register_jitable, **options) if jit_refusal() is None else lambda function: function
+    if jit_refusal() is not None:
+        return lambda function: function
+    return register_jitable(**options) if options else register_jitable
 
 
 def compiled_as(function, **options):
