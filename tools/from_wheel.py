@@ -208,6 +208,7 @@ LIST = [alone, ten_lines, study, pretraining, config_file, resume, label_free, e
 
 def main(only: list, folder: Path) -> int: # how many failed
     "Build, install, run the list."
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and children would inherit that
     failed, began = 0, time.time()
     place = Place(folder)
     environment(place, build(folder))
