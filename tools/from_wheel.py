@@ -172,9 +172,10 @@ def label_free(place: Place) -> str:
     if not (place.work / "run/encoder").exists():
         pretrain(place, "run")
     said = place.run("essl_probe", "run/encoder", "--corpus", plain_audio(place))
-    if not re.search(r"\[\s*-?[\d.]+, -?[\d.]+\s*\]", said):
+    scores = [line.strip() for line in said.splitlines() if re.search(r"\[[-+]?[\d.]+ ?%?, ?[-+]?[\d.]+ ?%?\]", line)]
+    if not scores:
         raise Failed(f"no interval: {said[-500:]}")
-    return said.strip()
+    return "\n".join(scores)
 
 
 def explorer(place: Place) -> str:
