@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 # The public names, each with the module it lives in; a module is imported when one of its names is first asked for.
 _HOME = {
     "list_mixers": "mixers.base", "build_mixer": "mixers.base", "check_mixer": "mixers.checks",
-    "Mixer": "mixers.base", "mixers": "mixers.base",
+    "Mixer": "mixers.base",
     "EncoderConfig": "models.config", "Encoder": "models.encoder", "build_encoder": "models.encoder", "load_encoder": "models.checkpoint",
     "from_torchaudio": "models.wav2vec2", "from_transformers": "models.wav2vec2", "export_onnx": "models.export",
     "LiGRU": "ligru.layer", "SLiGRU": "ligru.layer",
@@ -21,7 +21,7 @@ _HOME = {
 __all__ = [*_HOME]
 
 if TYPE_CHECKING:  # for editors and type checkers; a test keeps it in step with _HOME
-    from .mixers.base import list_mixers as list_mixers, build_mixer as build_mixer, Mixer as Mixer, mixers as mixers
+    from .mixers.base import list_mixers as list_mixers, build_mixer as build_mixer, Mixer as Mixer
     from .mixers.checks import check_mixer as check_mixer
     from .models.config import EncoderConfig as EncoderConfig
     from .models.encoder import Encoder as Encoder, build_encoder as build_encoder
