@@ -59,7 +59,7 @@ def test_a_failed_export_leaves_the_encoder_as_it_was():
 @some_then_all
 def test_a_file_for_other_runtimes_gives_the_same(name, tmp_path):
     pytest.importorskip("onnxscript")
-    said = export_onnx(tiny(name), tmp_path / "encoder.onnx", dynamic=False, samples=4000)
+    said = export_onnx(tiny(name), tmp_path / "encoder.onnx", samples=4000)
     assert said["parity"] < 1e-3 and said["mixer"] == name and (tmp_path / "encoder.onnx").stat().st_size > 0
 
 

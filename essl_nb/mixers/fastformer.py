@@ -26,7 +26,7 @@ def running_softmax(
     exact = torch.promote_types(v.dtype, torch.float32)
     a, v = a.to(exact), torch.cat([v, torch.ones_like(v[..., :1])], -1).to(exact)
     (B, H, T), C = a.shape, min(chunk, a.shape[-1])
-    n = -(-T // C)
+    n = (T + C - 1) // C  # as files for other runtimes can say it: they divide towards 0
     a = F.pad(a, (0, n * C - T), value=-torch.inf).view(B, H, n, C)
     v = F.pad(v, (0, 0, 0, n * C - T)).view(B, H, n, C, -1)
     with torch.no_grad():  # the level cancels in the fraction
