@@ -35,6 +35,7 @@ def hide(
 # %% ../../nbs/models/40_frontend.ipynb #7b940321
 class Constants(nn.Module):
     "A module with tensors that follow from its settings, `constants()`, in float32 at least."
+    exact = False  # True: its parameters stay in float32 at least, too
 
     def constants(self) -> dict: # name → tensor, on the CPU
         "What there is to keep."
@@ -53,7 +54,13 @@ class Constants(nn.Module):
 
     def _apply(self, fn, recurse=True):
         "Whatever converts the module: to another device, another type."
-        super()._apply(fn, recurse)
+
+        def kept(t):
+            "What `fn` makes, and never fewer digits than float32 has."
+            made = fn(t)
+            return t.to(made.device) if made.is_floating_point() and made.dtype != torch.promote_types(made.dtype, torch.float32) else made
+
+        super()._apply(kept if self.exact else fn, recurse)
         self.renew()
         return self
 
