@@ -160,11 +160,9 @@ class LogMelFrontend(MelFrontend):
 
     def forward(self, mel, lengths, span=None, generator=None): # (B,T',D), (B,)
         "Frames from raw log-mel (B,T,F); `span` (B,T') bool hides frames of the output's rate."
-        T = mel.shape[1]
         x = self.enter(mel, lengths, span, generator).transpose(1, 2)  # (B,F,T)
         past = self.kernel - 1 if self.causal else (self.kernel - 1) // 2
-        ahead = max(0, (self.out_lengths(T) - 1) * self.stride + self.kernel - past - T)
-        x = self.conv(F.pad(x, (past, ahead)).to(self.conv.weight.dtype)).transpose(1, 2)  # (B,T',D)
+        x = self.conv(F.pad(x, (past, self.kernel - 1 - past)).to(self.conv.weight.dtype)).transpose(1, 2)  # (B,T',D)
         lengths = None if lengths is None else self.out_lengths(lengths)
         return zero_pads(self.norm(x), mask_of(lengths, x.shape[1])), lengths
 
