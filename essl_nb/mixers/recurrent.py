@@ -7,10 +7,13 @@ __all__ = ['reverse_within', 'lstm_flops', 'Recurrent', 'GRU', 'LSTM']
 
 # %% ../../nbs/mixers/32_recurrent.ipynb #87b5cab8
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
+from ..core.traced import exporting_onnx, scan_frames
 from ..core.shapes import mask_to_lengths, turned, turning, zero_pads
+from ..core.traced import exporting_onnx, scan_frames
 from .base import FORMULAS, Mixer, aten, mixers
 
 # %% ../../nbs/mixers/32_recurrent.ipynb #c1c35c8a
@@ -66,9 +69,30 @@ class Recurrent(Mixer):
         "torch's own function in the place of its module, which `torch.compile` does not enter; compiled, it becomes one step after the other for the example's number of frames."
         weights = [cell.weight_ih_l0, cell.weight_hh_l0, cell.bias_ih_l0, cell.bias_hh_l0]
         start = tuple(x.new_zeros(1, x.shape[0], self.hidden) for _ in self.state_names) if state is None else state
+        if torch.compiler.is_exporting() and not (exporting_onnx() and isinstance(cell, nn.LSTM)):  # of the two, ONNX has the LSTM for any number of frames
+            return self.scanned(cell, x, start)
         function = torch.lstm if isinstance(cell, nn.LSTM) else torch.gru
         y, *last = function(x, start if len(self.state_names) > 1 or not isinstance(start, tuple) else start[0], weights, True, 1, 0.0, self.training, False, True)
         return y, tuple(last) if len(last) > 1 else last[0]
+
+    def scanned(self, cell: nn.RNNBase, x: Tensor, start: Tensor | tuple) -> tuple:
+        "Both cells by an operator over any number of frames; torch's own functions are written down for the example's number of them."
+        entering = F.linear(x, cell.weight_ih_l0, cell.bias_ih_l0)  # (B,T,3H) or (B,T,4H)
+
+        def step(state, now):
+            back = F.linear(state[0], cell.weight_hh_l0, cell.bias_hh_l0)
+            if isinstance(cell, nn.LSTM):
+                i, f, g, o = (now[0] + back).chunk(4, -1)
+                c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+                h = torch.sigmoid(o) * torch.tanh(c)
+                return (h, c), h
+            (r, z, n), (back_r, back_z, back_n) = now[0].chunk(3, -1), back.chunk(3, -1)
+            z = torch.sigmoid(z + back_z)
+            h = (1 - z) * torch.tanh(n + torch.sigmoid(r + back_r) * back_n) + z * state[0]
+            return (h,), h
+
+        last, y = scan_frames(step, tuple(s[0] for s in (start if isinstance(start, tuple) else (start,))), (entering,))
+        return y, tuple(s[None] for s in last) if len(last) > 1 else last[0][None]
 
     def shapes(self, cell: nn.RNNBase, x: Tensor) -> tuple:
         "What torch's own cells give on the meta device, with the products of all frames at once instead of frame by frame."
@@ -100,7 +124,7 @@ class Recurrent(Mixer):
 # %% ../../nbs/mixers/32_recurrent.ipynb #0aa872e9
 @mixers.register("gru", family="recurrent", complexity="T", paper="1406.1078", tiny={}, grid=dict(hidden=[64, 96, 192]))
 class GRU(Recurrent):
-    "torch's gated recurrent unit."
+    "torch's gated recurrent unit. `torch.compile(fullgraph=True)` enters torch's own cells only where `torch._dynamo.config.allow_rnn` is set."
 
     def cell(self, dim: int, hidden: int) -> nn.Module:
         "torch's own."
@@ -109,7 +133,7 @@ class GRU(Recurrent):
 
 @mixers.register("lstm", family="recurrent", complexity="T", paper="1402.1128", tiny={}, grid=dict(hidden=[64, 96, 192]))
 class LSTM(Recurrent):
-    "torch's long short-term memory."
+    "torch's long short-term memory. `torch.compile(fullgraph=True)` enters torch's own cells only where `torch._dynamo.config.allow_rnn` is set."
     state_names = ("h", "c")
 
     def cell(self, dim: int, hidden: int) -> nn.Module:
