@@ -2,6 +2,7 @@
 import copy
 import itertools
 import sys
+from typing import Optional
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_swapping_inside_a_model_changes_no_object(kind):
     before = [y.detach() for y in ask()]
     assert swap_ligru(model, exact_masks=False) is model
     assert {n: id(m) for n, m in model.named_modules(remove_duplicate=False)} | {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} == objects
-    assert all(isinstance(m, SwappedLiGRU) for m in (*inner.rnn, *own.rnn, *model.aside)) and type(own) is Mine
+    assert all(isinstance(m, SwappedLiGRU) for m in (*inner.rnn, *own.rnn, *model.aside)) and isinstance(own, Mine)
     heard.clear()
     after = ask()
     assert all(near(a, b) for a, b in zip(after, before)) and heard == [1, 1, 1]
@@ -118,6 +119,29 @@ def test_a_swapped_layer_can_be_scripted_copied_and_pickled(kind):
         assert make is torch.jit.script or layer.rnn[0].took.name == "cpu"
     with pytest.raises(EsslError, match="swap before torch.jit.script"):
         swap_ligru(nn.Sequential(torch.jit.script(before)))
+
+
+def scriptable(module, given: tuple[torch.Tensor, Optional[torch.Tensor]], output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    "A hook with the types that TorchScript asks for."
+    return output[0] + 1, output[1]
+
+
+@both_kinds
+def test_hooks_are_scripted_as_on_speechbrains_own_layer(kind):
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
+
+    before, x = theirs_of(kind).eval(), torch.randn(3, 12, 8, dtype=torch.double)
+    before.register_forward_hook(scriptable)
+    after = swap_ligru(copy.deepcopy(before))
+    true = before(x, None)[0]
+    assert all(near(torch.jit.script(layer)(x, None)[0], true) for layer in (before, after))
+    said = []
+    for layer in (before, after):
+        layer.register_forward_hook(lambda *given: None)
+        with pytest.raises(RuntimeError) as refused:
+            torch.jit.script(layer)
+        said.append(str(refused.value))
+    assert said[0] == said[1] and "Expected a single top-level function" in said[0]  # torch's word about a lambda
 
 
 @pytest.mark.parametrize("what", ["hook", "old weight norm", "adapter", "activation"])
@@ -275,3 +299,17 @@ def test_exporting_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(EsslError, match=r"essl_nb\[export\]"):
         export_onnx(LiGRU(3, 4), tmp_path / "a.onnx")
+
+
+def test_a_stack_with_a_hook_of_python_is_scripted_without_it_and_says_so():
+    from speechbrain.nnet.RNN import LiGRU as Theirs
+
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
+
+    calls, stack = [], Theirs(input_shape=[3, 12, 8], hidden_size=16)
+    stack.register_forward_hook(lambda *given: calls.append(1))
+    swap_ligru(stack)
+    with pytest.warns(UserWarning, match="scripted copy is without them"):
+        scripted = torch.jit.script(stack)
+    x = torch.randn(3, 12, 8)
+    assert near(scripted.eval()(x)[0], stack.eval()(x)[0], 1e-5) and calls == [1]

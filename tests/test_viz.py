@@ -113,3 +113,17 @@ def test_pareto_figure_of_nothing_is_a_figure():
 def test_figures_hold_nothing_that_a_page_would_fetch():
     text = pareto_figure(POINTS, "cost", "score").to_json() + mixing_figure(WAV, band(25, 3)).to_json()
     assert "http" not in text and "$" not in text and '"map' not in text.replace('"role":"map"', "").replace('"mapbox', "")
+
+
+@pytest.mark.parametrize("peak", [0.25, 3.0])
+def test_the_page_plays_a_loud_sound_whole(peak):
+    import base64
+    import io
+
+    import soundfile
+
+    from essl_nb.app.listen import wave_file
+
+    shape = torch.sin(torch.arange(1600) / 9)
+    played, rate = soundfile.read(io.BytesIO(base64.b64decode(wave_file(peak * shape))), dtype="float32")
+    assert rate == 16000 and abs(torch.from_numpy(played) - shape * min(peak, 1)).max() < 2e-4

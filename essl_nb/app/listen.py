@@ -110,8 +110,9 @@ def floats(values) -> str: # base64 of little-endian float32
 
 
 def wave_file(wav) -> str: # base64 of a WAV file
-    "Samples as the page plays them."
+    "Samples as the page plays them; louder than full scale is brought to it, not cut."
     buffer = io.BytesIO()
+    wav = wav / wav.abs().max().clamp(min=1)
     soundfile.write(buffer, wav.numpy(), RATE, format="WAV", subtype="PCM_16")
     return base64.b64encode(buffer.getvalue()).decode()
 
@@ -152,7 +153,7 @@ def key_of(looks: list) -> str:
 SPLITS = ["test", "valid", "train", "all"]
 CORPUS, OWN = "a clip of the corpus", "your own"
 
-
+# %% ../../nbs/app/91_listen.ipynb #4e60fde6
 class Desk:
     "What the tab's callbacks share: the corpus, the shelf, the visits and the maps that serve everyone."
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from ..core.traced import exporting_onnx, scan_frames
 from ..core.shapes import mask_to_lengths, turned, turning, zero_pads
+from ..core.traced import exporting_onnx, scan_frames
 from .base import FORMULAS, Mixer, aten, mixers
 
 # %% ../../nbs/mixers/32_recurrent.ipynb #c1c35c8a
