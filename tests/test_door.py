@@ -45,7 +45,8 @@ def made(tmp_path_factory):
     study = make_study(folder / "opened", seeds=1, names=list_mixers()[:3])
     make_curves(folder / "curves", list_mixers()[:3])
     grid = (study / "grid.json").read_bytes()
-    for name, rows in (("noise", np.random.default_rng(0).integers(128, 256, 5000, dtype="uint8").tobytes()), ("list", b'[]\n'), ("empty row", b'{"kind": "score"}\n')):
+    whole = next(line for line in (study / "rows.jsonl").read_bytes().splitlines(True) if b'"kind": "score"' in line)
+    for name, rows in (("noise", np.random.default_rng(0).integers(128, 256, 5000, dtype="uint8").tobytes()), ("list", whole + b"[]\n"), ("empty row", b'{"kind": "score"}\n')):
         (folder / name).mkdir()
         (folder / name / "grid.json").write_bytes(grid)
         (folder / name / "rows.jsonl").write_bytes(rows)
