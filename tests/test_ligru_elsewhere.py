@@ -1,5 +1,6 @@
 """The Light GRU's layers as SpeechBrain, PyTorch-Kaldi and ONNX Runtime have them."""
 import copy
+import functools
 import itertools
 import sys
 from typing import Optional
@@ -135,13 +136,55 @@ def test_hooks_are_scripted_as_on_speechbrains_own_layer(kind):
     after = swap_ligru(copy.deepcopy(before))
     true = before(x, None)[0]
     assert all(near(torch.jit.script(layer)(x, None)[0], true) for layer in (before, after))
-    said = []
+
+
+class Around(nn.Module):
+    "A model with a stack in it."
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x, None)[0]
+
+
+class Counts:
+    "A hook that is an object."
+    calls = 0
+
+    def __call__(self, *given):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("part", ["stack", "layer"])
+@pytest.mark.parametrize("hook", ["lambda", "partial", "object"])
+@both_kinds
+def test_hooks_that_torchscript_has_no_form_for_stay_on_the_layer_alone(kind, hook, part):
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
+
+    before, x, heard = theirs_of(kind).eval(), torch.randn(3, 12, 8, dtype=torch.double), Counts()
+    true = before(x, None)[0]
+    after = swap_ligru(copy.deepcopy(before))
     for layer in (before, after):
-        layer.register_forward_hook(lambda *given: None)
-        with pytest.raises(RuntimeError) as refused:
-            torch.jit.script(layer)
-        said.append(str(refused.value))
-    assert said[0] == said[1] and "Expected a single top-level function" in said[0]  # torch's word about a lambda
+        module = layer if part == "stack" else layer.rnn[0]
+        handle = module.register_forward_hook({"lambda": lambda *given: heard(), "partial": functools.partial(Counts.__call__, heard), "object": heard}[hook])
+    with pytest.raises((RuntimeError, AttributeError)):
+        torch.jit.script(before)  # SpeechBrain's own is refused
+    with pytest.warns(UserWarning, match="without them"):
+        scripted = torch.jit.script(Around(after))
+    assert near(scripted(x), true) and heard.calls == 0
+    model = Around(after)
+    parts = [id(m) for m in model.modules()]
+    torch.jit.script(model)
+    assert [id(m) for m in model.modules()] == parts  # the model that was scripted is what it was, with its hooks
+    model(x)
+    copy.deepcopy(model)(x)
+    assert heard.calls == 1 + (hook == "lambda")  # a copied object counts for itself, a lambda for the one it knows
+    handle.remove()
+    module.register_forward_hook(lambda *given: heard(), prepend=True)
+    model(x)
+    assert heard.calls == 2 + (hook == "lambda")
 
 
 @pytest.mark.parametrize("what", ["hook", "old weight norm", "adapter", "activation"])

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ACTIVATION_NAMES', 'BY_MODULE', 'HOOKS', 'PAIRS', 'their_classes', 'their_stacks', 'mirrored_norm', 'activation_of',
-           'obstacle', 'loop_in_python', 'SwappedLiGRU', 'SwappedLight', 'SwappedStable', 'swapped_class', 'bare_layer',
-           'SwappedStack', 'swapped_stack', 'bare_stack', 'own_loop', 'swap_ligru', 'their_shape', 'from_speechbrain',
-           'to_speechbrain']
+           'obstacle', 'compilable', 'Hooks', 'Scriptable', 'loop_in_python', 'SwappedLiGRU', 'SwappedLight',
+           'SwappedStable', 'swapped_class', 'bare_layer', 'SwappedStack', 'swapped_stack', 'bare_stack', 'own_loop',
+           'swap_ligru', 'their_shape', 'from_speechbrain', 'to_speechbrain']
 
 # %% ../../nbs/ligru/56_speechbrain_swap.ipynb #4f84d720
-import copy
 import re
 import warnings
+from collections.abc import MutableMapping
 from functools import cache
 from types import FunctionType
 from typing import Optional
@@ -92,6 +92,54 @@ def obstacle(layer: nn.Module) -> str | None: # None: there is none
             return f"there is a hook on {name}, which the loop does not call"
     return None
 
+# %% ../../nbs/ligru/56_speechbrain_swap.ipynb #47b09638
+def compilable(hook) -> bool:
+    "Has TorchScript a form for this hook? It has for functions and methods with a name and nothing enclosed."
+    return getattr(hook, "__name__", "<lambda>") != "<lambda>" and not getattr(hook, "__closure__", None)
+
+
+class Hooks(MutableMapping):
+    "A module's hooks, all of which are called (torch goes through `items`); `values`, which TorchScript compiles, are those that it can."
+
+    def __init__(self, hooks: dict):
+        self.hooks = hooks  # the module's own, which the handles of its hooks refer to
+
+    def __getitem__(self, key):
+        return self.hooks[key]
+
+    def __setitem__(self, key, hook):
+        self.hooks[key] = hook
+
+    def __delitem__(self, key):
+        del self.hooks[key]
+
+    def __iter__(self):
+        return iter(self.hooks)
+
+    def __len__(self):
+        return len(self.hooks)
+
+    def values(self):
+        "Those that TorchScript can compile."
+        return [hook for hook in self.hooks.values() if compilable(hook)]
+
+    def move_to_end(self, key, last: bool = True):
+        "As of an ordered dict."
+        self.hooks.move_to_end(key, last)
+
+
+class Scriptable:
+    "A module that TorchScript can compile whatever hooks hang on it."
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        "What torch.jit.script compiles: this module itself, of whose hooks it sees those that it can compile."
+        for name in HOOKS[:2]:
+            hooks = getattr(self, name)
+            if lost := sum(not compilable(hook) for _, hook in hooks.items()):
+                setattr(self, name, hooks if isinstance(hooks, Hooks) else Hooks(hooks))
+                warnings.warn(f"{lost} hook(s) on {type(self).__name__} are lambdas, closures or other objects, which TorchScript cannot compile: the scripted copy is without them.", stacklevel=2)
+        return self
+
 # %% ../../nbs/ligru/56_speechbrain_swap.ipynb #2ca67af5
 @torch.jit.ignore
 def loop_in_python(w: torch.Tensor, u: torch.Tensor, h0: torch.Tensor, mask: Optional[torch.Tensor], gain: Optional[torch.Tensor], bias: Optional[torch.Tensor],
@@ -102,7 +150,7 @@ def loop_in_python(w: torch.Tensor, u: torch.Tensor, h0: torch.Tensor, mask: Opt
     return light_recurrence(w.to(u.dtype).transpose(0, 1), u, h0.to(u.dtype).expand(len(w), -1), mask, None, gain, bias, **kw).transpose(0, 1)
 
 
-class SwappedLiGRU:
+class SwappedLiGRU(Scriptable):
     "What a layer of SpeechBrain's LiGRU or SLiGRU gets besides its own class: a fast loop with the same results."
     __jit_unused_properties__ = ["took"]
 
@@ -190,18 +238,8 @@ def bare_layer(theirs: type) -> nn.Module: # to be filled
     return swapped_class(theirs).__new__(swapped_class(theirs))
 
 
-class SwappedStack:
+class SwappedStack(Scriptable):
     "What SpeechBrain's LiGRU or SLiGRU, the stack of those layers, gets besides its own class: a form that TorchScript can compile."
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        "What torch.jit.script compiles: this stack, without hooks that are lambdas or closures, which TorchScript has no form for."
-        bare = copy.copy(self)
-        for name in HOOKS[:2]:
-            kept = {k: f for k, f in getattr(self, name).items() if f.__name__ != "<lambda>" and not getattr(f, "__closure__", None)}
-            if len(kept) < len(getattr(self, name)):
-                warnings.warn(f"{len(getattr(self, name)) - len(kept)} hook(s) on {type(self).__name__} are lambdas or closures, which TorchScript cannot compile: the scripted copy is without them.", stacklevel=2)
-            setattr(bare, name, type(getattr(self, name))(kept))
-        return bare
 
     def __reduce_ex__(self, protocol):
         "As for a layer: found again by the class it was made of."
