@@ -427,3 +427,16 @@ def test_expanded_and_strided_frames():
     layer, base = LiGRU(4, 5, bidirectional=True).eval(), torch.randn(1, 12, 8)
     for x in (base[..., ::2].expand(3, -1, -1), base[:, ::2, 4:], torch.randn(4, 12, 3).permute(2, 1, 0)):
         assert near(layer(x)[0], layer(x.contiguous())[0], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@both_kinds
+def test_layers_are_drawn_in_half_precision_too(kind, dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        layer = kind(6, 8)
+    finally:
+        torch.set_default_dtype(before)
+    u = layer.layers[0][0].u.double()
+    assert layer.layers[0][0].u.dtype == dtype and (u.T @ u - torch.eye(8, dtype=torch.double)).abs().max() < 0.02

@@ -1,6 +1,7 @@
 """The bench by turns and the small recogniser, end to end at sizes of seconds."""
 import json
 
+import pandas as pd
 import pytest
 import torch
 
@@ -45,6 +46,26 @@ def test_table_and_growth_read_the_rows(rows):
 def test_slow_contestants_stay_out_and_the_row_says_so(tmp_path):
     found = b.time_point(SMALL, "forward", ["LiGRU", "GRU"], 3, most_seconds=0.0)
     assert found["names"] == [] and "one call takes" in found["skipped"]["GRU"]
+
+
+@pytest.mark.parametrize("which", b.PASSES)
+def test_the_floor_lies_where_it_is_told(which):
+    shape = b.Shape(2, 2, 6, 3, 8)
+    floor = b.Floor(shape, "meta", torch.bfloat16)
+    floor.run(which)  # products of matrices in two places would raise
+    held = [t for v in vars(floor).values() for pair in (v if isinstance(v, list) else [(v,)]) for t in pair if isinstance(t, torch.Tensor)]
+    assert len(held) == 12 and {(t.device.type, t.dtype) for t in held} == {("meta", torch.bfloat16)}
+    assert set(b.CONTESTANTS) <= set(b.CUDA_CONTESTANTS)
+
+
+def test_a_figure_mixes_no_machines(rows):
+    from essl_nb.viz.recurrent import bench_figure
+
+    loaded = b.load_bench(rows)
+    point = dict(hidden=SMALL.hidden, batch=SMALL.batch)
+    assert len(bench_figure(loaded, **point).data) == 3
+    with pytest.raises(EsslError, match="another machine"):
+        bench_figure(pd.concat([loaded, loaded.assign(machine="another machine")]), **point)
 
 
 @pytest.mark.parametrize("form", ["eager", "scripted", "unbound"])

@@ -2,6 +2,7 @@
 import copy
 import itertools
 import sys
+from typing import Optional
 
 import pytest
 import torch
@@ -118,6 +119,29 @@ def test_a_swapped_layer_can_be_scripted_copied_and_pickled(kind):
         assert make is torch.jit.script or layer.rnn[0].took.name == "cpu"
     with pytest.raises(EsslError, match="swap before torch.jit.script"):
         swap_ligru(nn.Sequential(torch.jit.script(before)))
+
+
+def scriptable(module, given: tuple[torch.Tensor, Optional[torch.Tensor]], output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    "A hook with the types that TorchScript asks for."
+    return output[0] + 1, output[1]
+
+
+@both_kinds
+def test_hooks_are_scripted_as_on_speechbrains_own_layer(kind):
+    from essl_nb.ligru.speechbrain_swap import swap_ligru
+
+    before, x = theirs_of(kind).eval(), torch.randn(3, 12, 8, dtype=torch.double)
+    before.register_forward_hook(scriptable)
+    after = swap_ligru(copy.deepcopy(before))
+    true = before(x, None)[0]
+    assert all(near(torch.jit.script(layer)(x, None)[0], true) for layer in (before, after))
+    said = []
+    for layer in (before, after):
+        layer.register_forward_hook(lambda *given: None)
+        with pytest.raises(RuntimeError) as refused:
+            torch.jit.script(layer)
+        said.append(str(refused.value))
+    assert said[0] == said[1] and "Expected a single top-level function" in said[0]  # torch's word about a lambda
 
 
 @pytest.mark.parametrize("what", ["hook", "old weight norm", "adapter", "activation"])

@@ -94,7 +94,7 @@ def sum_pieces(
 ) -> Tensor: # (B,1,E)
     "The sum of `f` over the real frames."
     T, frames, total = x.shape[1], piece_frames(x, width, layers), 0
-    for start in range(0, max(T, 1), max(frames, 1)):
+    for start in [0] if T <= frames else range(0, T, frames):  # a range over a symbol would fix it
         part, real = x[:, start : start + frames], None if mask is None else mask[:, start : start + frames]
         terms = zero_pads(f(zero_pads(part, real)), real)
         total = total + terms.sum(1, keepdim=True, dtype=torch.promote_types(terms.dtype, torch.float32))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lengths_to_mask', 'mask_to_lengths', 'zero_pads', 'tracing', 'kind_of', 'check_lengths', 'mask_of', 'check_mask',
-           'masked_mean', 'masked_std', 'turning', 'turned', 'pad_sequences']
+           'masked_mean', 'masked_std', 'turning', 'turned', 'groups_of', 'pad_sequences']
 
 # %% ../../nbs/core/01_shapes.ipynb #a74c019f
 import torch
@@ -142,6 +142,14 @@ def turned(
 ) -> Tensor: # (B,T,C)
     "The real frames in reverse, the padding where it is."
     return x.flip(1) if rows is None else x.flatten(0, 1).index_select(0, rows).view(x.shape)
+
+# %% ../../nbs/core/01_shapes.ipynb #2222ca58
+def groups_of(
+    size: int, # frames of a group, 1 or more
+    T: int, # frames, 0 or more
+) -> int: # the last group may not be full
+    "Groups that hold T frames, also where T is the symbol of an exported program."
+    return (T + size - 1) // size
 
 # %% ../../nbs/core/01_shapes.ipynb #77940259
 def pad_sequences(

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from fastcore.script import call_parse, store_true
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -87,12 +86,17 @@ def speechbrains(shape: Shape, form: str = "eager") -> nn.Module: # form: "eager
 class Floor:
     "The matrix products of LiGRU layers: W x and U h, and in training those of their gradients."
 
-    def __init__(self, shape: Shape):
+    def __init__(self,
+        shape: Shape,
+        device: str = "cpu", # where its matrices lie
+        dtype: torch.dtype = torch.float32, # of its matrices
+    ):
         self.shape, (L, R, H, B, T) = shape, shape
-        self.u, self.ut = torch.randn(2 * H, H), torch.randn(H, 2 * H)
-        self.h, self.g, self.g_out, self.h_out = torch.randn(B, H), torch.randn(B, 2 * H), torch.empty(B, 2 * H), torch.empty(B, H)
-        self.hs, self.dg = torch.randn(T * B, H), torch.randn(T * B, 2 * H)
-        self.inputs = [(torch.randn(T * B, D), torch.randn(2 * H, D)) for D in [H] + [R * H] * (L - 1)]
+        randn, empty = partial(torch.randn, device=device, dtype=dtype), partial(torch.empty, device=device, dtype=dtype)
+        self.u, self.ut = randn(2 * H, H), randn(H, 2 * H)
+        self.h, self.g, self.g_out, self.h_out = randn(B, H), randn(B, 2 * H), empty(B, 2 * H), empty(B, H)
+        self.hs, self.dg = randn(T * B, H), randn(T * B, 2 * H)
+        self.inputs = [(randn(T * B, D), randn(2 * H, D)) for D in [H] + [R * H] * (L - 1)]
 
     @torch.no_grad()
     def run(self, which: str): # one of PASSES
@@ -134,7 +138,7 @@ def graphed(shape: Shape, **kw) -> nn.Module: # CUDA only
 
 
 CUDA_CONTESTANTS = {
-    **{name: build for name, build in CONTESTANTS.items() if name != "floor"},
+    **CONTESTANTS,
     "LiGRU, torch loop as a CUDA graph": graphed,
     "LiGRU, torch loop compiled": lambda shape: torch.compile(ours(shape, backend="reference")),
 }
@@ -186,7 +190,8 @@ def time_point(
 
     def call(model):
         if isinstance(model, Floor):
-            return model.run(which)
+            model.run(which)
+            return torch.cuda.synchronize() if device == "cuda" else None
         x.grad = None
         model.zero_grad()  # as between the steps of a training
         with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -198,8 +203,7 @@ def time_point(
 
     for name in names:
         try:
-            model = known[name](shape)
-            model = model if isinstance(model, Floor) or device == "cpu" else model.to(device)
+            model = known[name](shape, device, getattr(torch, dtype)) if known[name] is Floor else known[name](shape).to(device)
             seconds = one_call(partial(call, model), patience=float("inf") if name == names[0] else 5.0)
         except EsslError as why:
             skipped[name] = str(why)
@@ -362,7 +366,6 @@ def bench_shapes(hidden, batch, frames, layers, directions) -> list:
     return [Shape(L, R, H, B, T) for L in layers for R in directions for H in hidden for B in batch for T in frames]
 
 
-@call_parse
 def essl_ligru_bench(
     path: str = "results/ligru/rows.jsonl", # Rows are appended to this file; points that it holds are not measured again
     frames: str = "200,500,1000,2000", # Frames T
@@ -378,10 +381,10 @@ def essl_ligru_bench(
     device: str = "cpu", # cpu or cuda
     dtype: str = "float32", # On a GPU also bfloat16
     allocator: str = "default", # The system's, or keeping: told to keep freed memory
-    memory: store_true = False, # Peak memory (bytes) of training too
-    again: store_true = False, # Measure points anew that the file holds
+    memory: bool = False, # Peak memory (bytes) of training too
+    again: bool = False, # Measure points anew that the file holds
     figure: str = "", # Write the figure to this HTML file
-    list_names: store_true = False, # List the contestants and do nothing else
+    list_names: bool = False, # List the contestants and do nothing else
 ):
     "Time LiGRU (s) beside GRU, LSTM, SpeechBrain's LiGRU and the bare matrix products, by turns."
     if list_names:

@@ -43,7 +43,8 @@ class Direction(nn.Module):
         "Draw W and U anew; norms and biases go back to where they began."
         for gate in self.w.weight.chunk(2):
             nn.init.xavier_uniform_(gate)
-        nn.init.orthogonal_(self.u)
+        full = torch.promote_types(self.u.dtype, torch.float32)  # torch has no QR of half precision
+        self.u.copy_(nn.init.orthogonal_(torch.empty_like(self.u, dtype=full)))
         for t, value in ((self.w.bias, 0), (self.gain, 1), (self.bias, 0)):
             if t is not None:
                 t.fill_(value)

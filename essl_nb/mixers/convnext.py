@@ -21,9 +21,9 @@ def depthwise(
     bias: Tensor, # (D,)
 ) -> Tensor: # (B,T-k+1,D)
     "Filter each feature over time, without padding."
-    image = x.transpose(1, 2).unsqueeze(-1)  # (B,D,T,1), channels last in memory
-    if not torch.compiler.is_exporting():  # where sizes are symbols, a test of strides would fix them
-        image = image.contiguous(memory_format=torch.channels_last)
+    if torch.compiler.is_exporting():  # a file's reader lays out memory itself, and a test of strides would fix the number of frames
+        return F.conv1d(x.transpose(1, 2), weight[..., 0], bias, groups=weight.shape[0]).transpose(1, 2)
+    image = x.transpose(1, 2).unsqueeze(-1).contiguous(memory_format=torch.channels_last)  # (B,D,T,1)
     y = F.conv2d(image, weight, bias, groups=weight.shape[0])
     return y.squeeze(-1).transpose(1, 2)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
+from ..core.shapes import groups_of, zero_pads
 from .base import Map, Mixer, mixers
 
 # %% ../../nbs/mixers/30_fastformer.ipynb #26847cdb
@@ -26,7 +26,7 @@ def running_softmax(
     exact = torch.promote_types(v.dtype, torch.float32)
     a, v = a.to(exact), torch.cat([v, torch.ones_like(v[..., :1])], -1).to(exact)
     (B, H, T), C = a.shape, min(chunk, a.shape[-1])
-    n = (T + C - 1) // C  # as files for other runtimes can say it: they divide towards 0
+    n = groups_of(C, T)
     a = F.pad(a, (0, n * C - T), value=-torch.inf).view(B, H, n, C)
     v = F.pad(v, (0, 0, 0, n * C - T)).view(B, H, n, C, -1)
     with torch.no_grad():  # the level cancels in the fraction

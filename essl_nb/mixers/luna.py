@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
+from ..core.shapes import groups_of, zero_pads
 from .base import Map, Mixer, mixers
 from .window import attend
 
@@ -26,7 +26,7 @@ def running_attention(
 ) -> tuple: # (B,H,T,K) outputs, (B,H,T,l) unpack weights, (B,H,K,l) sums after the last frame
     "Unpack, for each frame, the mean of what it and the frames before it have packed (2106.01540 section 3)."
     T = q.shape[2]
-    N = (T + chunk - 1) // chunk  # as files for other runtimes can say it: they divide towards 0
+    N = groups_of(chunk, T)
     q, c, a = (F.pad(z, (0, 0, 0, N * chunk - T)).unflatten(2, (N, chunk)) for z in (q, c, a))  # (B,H,N,C,·)
     n = (count + torch.arange(1, N * chunk + 1, device=q.device)).view(N, chunk, 1).to(q.dtype)
     after = sums[:, :, None] + (c.mT @ a).cumsum(2)  # (B,H,N,K,l)

@@ -272,8 +272,11 @@ def scan_backward(dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor
 @scan_forward.register_fake
 def forward_shapes(u, delta, A, B, C, state):
     "Shapes only."
-    chunks = -(-u.shape[1] // chunk_frames(u.shape[1]))
-    return torch.empty_like(u), torch.empty_like(state), u.new_empty(u.shape[0], chunks + 1, *A.shape)
+    if torch.compiler.is_exporting() and isinstance(u.shape[1], torch.SymInt):  # the root of a symbol would fix it
+        starts = torch.library.get_ctx().new_dynamic_size()
+    else:
+        starts = -(-u.shape[1] // chunk_frames(u.shape[1])) + 1
+    return torch.empty_like(u), torch.empty_like(state), u.new_empty(u.shape[0], starts, *A.shape)
 
 
 @scan_backward.register_fake

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.registry import EsslError
-from ..core.shapes import zero_pads
+from ..core.shapes import groups_of, zero_pads
 from .attention import Attention, rotate
 from .base import Map, mixers
 
@@ -65,7 +65,7 @@ class Window(Attention):
 
     def in_sight(self, T: int, mask: Tensor | None, device) -> Tensor: # bool, ([B·]N,1,[C],S), with S frames beside each chunk
         "Which of the frames beside a chunk it may look at."
-        C, N = self.chunk, (T + self.chunk - 1) // self.chunk
+        C, N = self.chunk, groups_of(self.chunk, T)
         first, S = (torch.arange(N, device=device) - self.left) * C, (self.left + 1 + self.right) * C
         s = first[:, None] + torch.arange(S, device=device)  # (N,S)
         if self.causal:
@@ -79,7 +79,7 @@ class Window(Attention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         (B, T, D), C, H = x.shape, self.chunk, self.num_heads
-        N = (T + C - 1) // C  # files for other runtimes divide towards 0, so nothing negative is divided
+        N = groups_of(C, T)
         q, k, v = (F.pad(z.transpose(1, 2), (0, 0, 0, 0, 0, N * C - T)).view(B, N, C, H, -1) for z in self.heads(zero_pads(x, mask)))
         k, v = (neighbours(z, self.left, self.right).flatten(0, 1).transpose(1, 2) for z in (k, v))  # (B·N,H,S,K)
         seen = self.in_sight(T, mask, x.device)

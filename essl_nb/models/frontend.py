@@ -35,6 +35,7 @@ def hide(
 # %% ../../nbs/models/40_frontend.ipynb #7b940321
 class Constants(nn.Module):
     "A module with tensors that follow from its settings, `constants()`, in float32 at least."
+    exact = False  # True: its parameters stay in float32 at least, too
 
     def constants(self) -> dict: # name → tensor, on the CPU
         "What there is to keep."
@@ -53,7 +54,13 @@ class Constants(nn.Module):
 
     def _apply(self, fn, recurse=True):
         "Whatever converts the module: to another device, another type."
-        super()._apply(fn, recurse)
+
+        def kept(t):
+            "What `fn` makes, and never fewer digits than float32 has."
+            made = fn(t)
+            return t.to(made.device) if made.is_floating_point() and made.dtype != torch.promote_types(made.dtype, torch.float32) else made
+
+        super()._apply(kept if self.exact else fn, recurse)
         self.renew()
         return self
 
@@ -153,11 +160,9 @@ class LogMelFrontend(MelFrontend):
 
     def forward(self, mel, lengths, span=None, generator=None): # (B,T',D), (B,)
         "Frames from raw log-mel (B,T,F); `span` (B,T') bool hides frames of the output's rate."
-        T = mel.shape[1]
         x = self.enter(mel, lengths, span, generator).transpose(1, 2)  # (B,F,T)
         past = self.kernel - 1 if self.causal else (self.kernel - 1) // 2
-        ahead = max(0, (self.out_lengths(T) - 1) * self.stride + self.kernel - past - T)
-        x = self.conv(F.pad(x, (past, ahead)).to(self.conv.weight.dtype)).transpose(1, 2)  # (B,T',D)
+        x = self.conv(F.pad(x, (past, self.kernel - 1 - past)).to(self.conv.weight.dtype)).transpose(1, 2)  # (B,T',D)
         lengths = None if lengths is None else self.out_lengths(lengths)
         return zero_pads(self.norm(x), mask_of(lengths, x.shape[1])), lengths
 

@@ -17,7 +17,8 @@ from .frontend import Constants, WaveFrontend, frontends, silence
 
 # %% ../../nbs/models/47_sincnet.ipynb #84179468
 class SincFilters(Constants):
-    "Band-pass filters with learnt cutoffs."
+    "Band-pass filters with learnt cutoffs, which stay in float32 where the module around them is halved: bfloat16 has steps of 31 Hz above 4 kHz."
+    exact = True
 
     def __init__(self,
         filters: int = 80, # band-pass filters

@@ -32,7 +32,9 @@ def bench_figure(
     threads: int = 1,
     allocator: str = "default", # as in `bench`
 ) -> go.Figure:
-    "Time for each frame against the number of frames, a line for each contestant. Raises EsslError where nothing of the kind was measured."
+    "Time for each frame against the number of frames, a line for each contestant. Raises EsslError for rows of several machines, and where nothing of the kind was measured."
+    if rows.machine.nunique() > 1:
+        raise EsslError(f"Rows of {rows.machine.nunique()} machines were given, whose times are not to be compared; load those of one: {', '.join(map(repr, rows.machine.unique()))}.")
     want = {"pass": which, "layers": layers, "directions": directions, "hidden": hidden, "batch": batch, "threads": threads, "allocator": allocator}
     rows = rows[rows.time_s.notna() & rows[list(want)].eq(pd.Series(want)).all(axis=1)]
     if not len(rows):

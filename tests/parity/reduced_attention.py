@@ -203,8 +203,8 @@ def luna_equations():
         return layer(twin[1], x + y, p)[0]
 
     def mine(x):
-        y, carry = first(x, real())
-        return second(x + y, real(), carry)[0]
+        y, carry = first.mix(x, real())
+        return second(x + y, real(), carry)
 
     return compare(mine, lambda x: each_alone(equations, x), frames(), named(ours, twin))
 
