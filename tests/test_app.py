@@ -445,7 +445,7 @@ def test_curves_by_keyboard_and_of_the_chosen_encoder(wide):
         wide.click("#curves-view button:has-text('the numbers')")
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[0].startswith("mixer,family,width") and len(lines) == 1 + 3 * before
-    assert 'load_curves("' in view_of(wide, "d.code", "curves")
+    assert "curves = load_curves(" in view_of(wide, "d.code", "curves")
 
 
 def test_narrow_dark_and_by_keyboard(browser, address):

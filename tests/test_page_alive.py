@@ -58,7 +58,7 @@ def page(browser):
 
 
 def painted(page):
-    page.wait_for_function("() => window.essl && essl.views.listen && essl.views.listen.root.dataset.shown && essl.views.compare && essl.views.compare.payload")
+    page.wait_for_function("() => window.essl && essl.views.listen && essl.views.listen.root.dataset.shown")
 
 
 def test_a_full_queue_leaves_a_painted_page_and_a_way_on(page, address):

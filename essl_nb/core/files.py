@@ -208,7 +208,7 @@ def read_lines(
         try:
             rows.append(json.loads(line))
         except ValueError as e:
-            if number == len(lines):
+            if number == len(lines) and line.startswith((b"{", b"\0")):  # the beginning of a row, or what a power cut leaves
                 return rows, line.decode("utf-8", "replace")
             raise EsslError(f"Line {number} of {path} is not JSON ({e}); mend or remove that line.") from e
     return rows, None
