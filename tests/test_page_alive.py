@@ -98,7 +98,7 @@ def test_names_are_shown_as_they_are(page, address):
     shown = page.inner_text("#compare-view") + page.inner_text("#card")
     point = page.evaluate("""() => { const d = essl.views.compare.div, t = d.data.find(t => t.name.startsWith('<img')), l = d._fullLayout, b = d.getBoundingClientRect();
         return [b.x + l.xaxis._offset + l.xaxis.d2p(t.x[0]), b.y + l.yaxis._offset + l.yaxis.d2p(t.y[0])]; }""")
-    page.mouse.move(*point)
+    page.mouse.move(point[0], point[1] + 12)
     page.wait_for_selector("#compare-view .hoverlayer text")
     assert "onerror" in page.evaluate("() => document.querySelector('#compare-view .hoverlayer').textContent")
     page.click("#chosen input")
