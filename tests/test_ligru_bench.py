@@ -151,6 +151,24 @@ def test_a_run_is_a_row_and_is_not_made_twice(few, tmp_path, monkeypatch):
     assert list(table.cell) == ["LiGRU", "GRU"] and ((0 <= table.low) & (table.low <= table.cer) & (table.cer <= table.high)).all()
 
 
+def test_a_recogniser_that_diverges_is_a_row_and_the_next_is_trained(few, tmp_path, monkeypatch, capsys):
+    corpus, chosen = few
+    import essl_nb.train.recognise as module
+
+    monkeypatch.setattr(module, "transcribed", lambda corpus, part: [u for u in corpus if u.id in chosen])
+    monkeypatch.setattr(module, "load_corpus", lambda name: corpus)
+    path = tmp_path / "rows.jsonl"
+    kw = dict(cells=("GRU", "LSTM"), progress=False, epochs=2, count=5_000, layers=1, part="prompts", lr=1e30)
+    assert recognition_rows(path, **kw) == 2 and recognition_rows(path, **kw) == 0 and "diverged" in capsys.readouterr().out
+    table = recognition_table(path)
+    assert table.diverged.all() and table.cer.isna().all()
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert all(json.loads(line, parse_constant=refuse)["value"]["why"] for line in path.read_text().splitlines())
+
+
 def test_a_part_without_transcripts_is_refused(few):
     with pytest.raises(EsslError, match="no transcripts"):
         recognise(few[0], "GRU", part="nowhere")

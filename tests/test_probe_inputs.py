@@ -339,8 +339,9 @@ def test_ctc_is_torch_s_where_phones_fit_and_leaves_out_where_not():
         assert ctc(logp[1:2], torch.tensor([3]), none) == 0
 
 
-def fitted(raws, phones, lr=1e-3, bf16=False):
+def fitted(raws, phones, lr=1e-3, bf16=False, bias=0.0):
     model = Recogniser(build_encoder(EncoderConfig(list_mixers()[0], dim=16, depth=1), seed=0), 5, torch.Generator().manual_seed(0))
+    torch.nn.init.constant_(model.out.bias, bias)
     curve = fit(model, raws, phones, torch.zeros(80), ([torch.randn(50, 80)], [[1]]), Recipe(2, lr, batch_seconds=1, bf16=bf16), progress=False)
     return model, curve
 
@@ -353,7 +354,10 @@ def test_clips_without_phones_or_with_too_many_leave_the_weights_finite(phones):
 
 def test_a_loss_that_is_no_number_stops_before_the_step():
     with pytest.raises(Diverged, match="step 1 of"):
-        fitted([torch.full((100, 80), 1e30)], [[1, 2]])  # finite, but its squares are not
+        fitted([torch.randn(100, 80)], [[1, 2]], bias=float("inf"))
+    with pytest.raises(EsslError, match="NaN or infinity") as told:  # the clip's own fault, told before there is a loss
+        fitted([torch.full((100, 80), float("inf"))], [[1, 2]])
+    assert not isinstance(told.value, Diverged)
 
 
 def test_clips_with_more_phones_than_frames_are_left_out_and_named(encoder):

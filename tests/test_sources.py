@@ -47,6 +47,22 @@ def test_a_part_a_change_and_a_mixture_sound_as_lhotse_makes_them(cuts, tones):
         np.testing.assert_allclose(load_audio(u.path).numpy(), theirs, atol=1e-6)
 
 
+def test_phones_are_where_they_sound(cuts):
+    part, sped, after = cuts["c0"].truncate(offset=0.25, duration=0.4, preserve_id=False), cuts["c0"].perturb_speed(2.0), cuts["c0"].pad(1.5).append(cuts["c1"])
+    of = lambda cut: [tuple(p)[:3] for p in corpus_from_lhotse([cut])[0].phones]
+    assert of(part) == [("AA", 0.0, 0.25), ("S", 0.25, 0.4)]
+    assert of(part.append(part.with_id("again"))) == [("AA", 0.0, 0.25), ("S", 0.25, 0.4), ("AA", 0.4, 0.65), ("S", 0.65, 0.8)]
+    assert of(sped) == [("AA", 0.05, 0.25), ("S", 0.25, 0.375)]
+    assert of(after) == [("AA", 0.1, 0.5), ("S", 0.5, 0.75), ("AA", 1.6, 2.0), ("S", 2.0, 2.25)]
+
+
+def test_where_two_voices_speak_at_once_there_are_no_phones(cuts):
+    mixed = cuts["c0"].mix(cuts["c1"], snr=10)
+    with pytest.warns(UserWarning, match=f"1 of 2 cuts.*{mixed.id}"):
+        corpus = corpus_from_lhotse([cuts["c2"], mixed])
+    assert [len(u.phones or ()) for u in corpus] == [2, 0] and corpus[mixed.id].text == "tone 0 tone 1"
+
+
 def test_a_data_set_with_files_bytes_and_splits(tones):
     datasets = pytest.importorskip("datasets")
     columns = {"audio": [str(p) for p in tones], "sentence": ["a", "b", "c"], "client_id": ["x", "y", "x"], "locale": ["en"] * 3}

@@ -22,7 +22,7 @@ from essl_nb.data.corpus import load_corpus
 from essl_nb.eval.intervals import bootstrap_interval
 from essl_nb.mixers.base import Mixer, list_mixers, mixers
 from essl_nb.objectives.objective import objectives
-from essl_nb.study.grid import grid_cells, read_grid
+from essl_nb.study.grid import grid_cells, key_of, read_grid
 from essl_nb.study.pareto import pareto_front
 from essl_nb.study.results import cost_table, known_rows, load_results, paired_table, pareto_table, score_table, ship
 from essl_nb.study.study import Outcome, Study, essl_study, sole_owner
@@ -445,3 +445,9 @@ def test_results_that_are_not_there(tmp_path):
     with pytest.raises(EsslError, match="no results"):
         load_results(tmp_path)
     assert known_rows(tmp_path / "rows.jsonl") == {}
+
+
+def test_an_option_that_says_what_holds_anyway_is_no_other_fact():
+    key = lambda **kw: key_of("cost", dict(config={}, card="deployment", kw=kw))
+    assert key() == key(device="cpu") == key(seconds=[1.0, 5.0, 10.0, 20.0, 40.0, 80.0], threads=1)
+    assert len({key(), key(device="cuda"), key(threads=2), key(quick=True), key(seconds=[1.0])}) == 5

@@ -69,10 +69,11 @@ LARGE = r"""
 E.most = 25e6; // bytes of one upload
 E.tooLarge = e => {
   const files = e.dataTransfer ? e.dataTransfer.files : e.target.files, box = e.target.closest && e.target.closest('#own');
-  if (!box || !files || !files.length || files[0].size <= E.most) return;
+  const file = files && files[0]; // the list is emptied below
+  if (!box || !file || file.size <= E.most) return;
   e.stopImmediatePropagation(); e.preventDefault();
   if (!e.dataTransfer) e.target.value = '';
-  const said = E.make('p', 'essl-fault', `${files[0].name} has ${(files[0].size / 1e6).toFixed(0)} MB, and this page takes up to 25. Cut it, or save it as mp3 or opus.`);
+  const said = E.make('p', 'essl-fault', `${file.name} has ${(file.size / 1e6).toFixed(0)} MB, and this page takes up to 25. Cut it, or save it as mp3 or opus.`);
   said.setAttribute('role', 'alert');
   const old = document.querySelector('.essl-large');
   if (old) old.remove();

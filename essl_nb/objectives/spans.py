@@ -32,7 +32,7 @@ def spans_of_one(
     min_spans: int, # spans at least
 ) -> Tensor: # (L,) bool, True = hidden
     "Hidden frames of one utterance."
-    starts = torch.rand(length + span - 1, generator=generator, device=generator.device) < start_prob
+    starts = torch.rand(length + span - 1, generator=generator, device=generator.device, dtype=torch.float32) < start_prob
     missing = min_spans - int(starts.sum())
     if missing > 0 and length:
         inside = torch.randint(max(length - span, 0) + 1, (missing,), generator=generator, device=generator.device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARDS', 'OWNED', 'DETERMINED_BY', 'Typed', 'EncoderPoint', 'ObjectivePoint', 'ProbePoint', 'CostPoint', 'Grid', 'at',
            'grid_values', 'read_grid', 'grid_schema', 'example_grid', 'check_unique', 'check_names', 'keywords',
-           'check_seeds', 'check_encoder', 'check_settings', 'check_probe', 'check_grid', 'Cell', 'key_of',
+           'check_seeds', 'check_encoder', 'check_settings', 'check_probe', 'check_grid', 'Cell', 'telling', 'key_of',
            'pretrain_config', 'names_of', 'run_cell', 'score_cells', 'grid_cells', 'check_cells', 'next_cell']
 
 # %% ../../nbs/study/83_grid.ipynb #e9df6b74
@@ -296,9 +296,18 @@ DETERMINED_BY = {
 }
 
 
+def telling(fn, options: dict) -> dict:
+    "The options that differ from what `fn` takes without them."
+    usual = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in inspect.signature(fn).parameters.values()}
+    return {k: v for k, v in options.items() if k not in usual or v != usual[k] or type(v) is not type(usual[k])}
+
+
 def key_of(kind: str, what: dict) -> str: # 12 hex digits
     "The key of the fact that `what` describes."
-    return content_hash([kind, {k: what[k] for k in DETERMINED_BY[kind] if k in what}])
+    found = {k: what[k] for k in DETERMINED_BY[kind] if k in what}
+    if kind == "cost" and what.get("card") in CARDS and "kw" in found:
+        found["kw"] = telling(CARDS[what["card"]], found["kw"])  # device="cpu" is what a card is measured on anyway
+    return content_hash([kind, found])
 
 # %% ../../nbs/study/83_grid.ipynb #2a1493d7
 def pretrain_config(grid: Grid, encoder: EncoderPoint, objective: ObjectivePoint, seed: int) -> PretrainConfig:

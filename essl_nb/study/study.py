@@ -9,6 +9,7 @@ __all__ = ['patiently', 'do_run', 'untrained_encoder', 'do_score', 'do_cost', 'e
 # %% ../../nbs/study/80_study.ipynb #3704f956
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -366,7 +367,7 @@ def essl_study(
         return 0
     if not grid:
         raise EsslError("No grid was given; essl_study --example > grid.json writes one to start from.")
-    command = " ".join(["essl_study", *sys.argv[1:]])
+    command = shlex.join(["essl_study", *sys.argv[1:]])
     study = Study(grid, folder or None)
     if dry:
         print_plan(study, jobs, only)
@@ -374,7 +375,7 @@ def essl_study(
     try:
         code = tell(study, study.run(jobs=jobs, only=only), command)
     except (KeyboardInterrupt, StoppedBySignal):
-        print(f"\nStopped. Every finished fact is kept, pre-training goes on from where it was. To go on: {command}", file=sys.stderr)
+        print(f"\nEvery finished fact is kept, and a pre-training that was under way from its last saved step. To go on: {command}", file=sys.stderr)  # who called says by what it was stopped
         raise
     for path in ship(study) if ship_encoders else ():
         print(f"wrote {path}")
