@@ -38,6 +38,8 @@ READ = {
     "bars": (("id,path,split,text\n" + ROWS).replace(",", "|"), "one"),
     "capitals and blanks in the header": ("ID, Path ,SPLIT, Text\n" + ROWS, "one"),
     "carriage returns": (("id,path,split,text\n" + ROWS).replace("\n", "\r\n"), "one"),
+    "carriage returns alone": (("id,path,split,text\n" + ROWS).replace("\n", "\r"), "one"),
+    "lines that end in several ways": ("id,path,split,text\r" + ROWS, "one"),
     "no last newline": (("id,path,split,text\n" + ROWS).strip(), "one"),
     "empty rows": ("id,path,split,text\n\nu0,w0.wav,train,one\n,,,\n\nu1,w1.wav,dev,two\n", "one"),
     "short rows": ("id,path,split,text\nu0,w0.wav,train,one\nu1,w1.wav\n", "one"),
@@ -118,6 +120,13 @@ def test_a_table_in_another_place(folder, tmp_path_factory):
     assert list(load_corpus(folder, manifest="mine.csv").by_id) == list(load_corpus(manifest=folder / "mine.csv").by_id) == ["u3"]
     with pytest.raises(EsslError, match=f"relative to {tables}"):
         load_corpus(manifest=tables / "some.csv")
+
+
+@pytest.mark.parametrize("name", ["manifest.tsv", "metadata.csv", "phones.csv"])
+def test_a_table_that_is_not_read_is_told_of(folder, name):
+    (folder / name).write_text("id\tpath\nu0\tw0.wav\n")
+    with pytest.warns(UserWarning, match=f"{name}, which is not read.*manifest="):
+        assert len(load_corpus(folder)) == 4
 
 
 def test_listed_durations_give_way_to_the_sound(folder):

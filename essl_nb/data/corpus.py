@@ -412,6 +412,8 @@ def load_corpus(
     if table is not None and not table.is_file() and (root / table).is_file():
         table = root / table
     if table is None and not (root / "manifest.csv").is_file():
+        if tables := sorted(p.name for p in root.iterdir() if p.suffix.lower() in (".csv", ".tsv")):
+            warnings.warn(f"{root} holds {', '.join(tables[:3])}, which is not read: ids and splits come from the files' names. Name the table that lists the clips: load_corpus({str(root)!r}, manifest={tables[0]!r}).", stacklevel=2)
         made, left_out = from_folder(root)
     else:
         made, left_out = from_manifest(table or root / "manifest.csv", root)

@@ -38,7 +38,7 @@ def header_of(
     required: tuple, # names of columns
 ) -> tuple: # the separator, names of all columns
     "Read the header. Raises EsslError where columns are missing or occur twice."
-    first = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
+    first = text.lstrip("\n").split("\n", 1)[0][:100_000]  # csv takes no longer cell
     split = lambda mark: [c.strip().strip('"').strip().lower() for c in next(csv.reader([first], delimiter=mark), [])]
     mark = max(",;\t|", key=lambda m: (len(set(required) & set(split(m))), len(split(m))))
     columns = split(mark)
@@ -75,7 +75,7 @@ def read_table(
     if not path.is_file():
         raise EsslError(f"There is no file {path}; give the path of a CSV file with the columns {', '.join(required)}.")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
         raise EsslError(f"{path} is not a CSV table in UTF-8 ({e}); save it again as one.") from e
     except OSError as e:
