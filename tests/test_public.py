@@ -34,6 +34,32 @@ def test_a_misspelt_name_is_answered():
         essl_nb.load_korpus
 
 
+MIXER = essl_nb.list_mixers()[0]
+WRONG_THINGS = {  # what stands in place of what a public function takes
+    "an encoder by the name of a size": lambda: essl_nb.build_encoder("small"),
+    "an encoder from plain values": lambda: essl_nb.build_encoder({"mixer": MIXER}),
+    "a run from plain values": lambda: essl_nb.pretrain({"mixer": MIXER}, "nowhere"),
+    "a run of an encoder's configuration": lambda: essl_nb.pretrain(essl_nb.EncoderConfig(MIXER), "nowhere"),
+    "a run on the name of a corpus": lambda: essl_nb.pretrain(essl_nb.PretrainConfig(essl_nb.EncoderConfig(MIXER)), "nowhere", corpus="bundled"),
+    "the cost of an encoder": lambda: essl_nb.training_cost(essl_nb.build_encoder(essl_nb.EncoderConfig(MIXER, dim=8, depth=1))),
+    "an encoder in place of a probe": lambda: essl_nb.run_probe("phones", essl_nb.build_encoder(essl_nb.EncoderConfig(MIXER, dim=8, depth=1)), "bundled"),
+    "a file of another module": lambda: essl_nb.export_onnx(essl_nb.LiGRU(8, 8), "nowhere.onnx"),
+    "published weights by name": lambda: essl_nb.from_transformers("facebook/wav2vec2-base"),
+    "a mixer of no width": lambda: essl_nb.build_mixer(MIXER, 0),
+    "a mixer of half a width": lambda: essl_nb.build_mixer(MIXER, 8.5),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_THINGS)
+def test_a_thing_of_another_type_is_named_with_what_makes_the_right_one(what, tmp_path, monkeypatch):
+    from essl_nb.core.registry import EsslError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EsslError) as told:
+        WRONG_THINGS[what]()
+    assert len(str(told.value)) < 300 and not any(tmp_path.iterdir())
+
+
 def test_importing_the_package_is_light():
     loaded = python("import sys, essl_nb; print([m for m in ('torch', 'gradio', 'pandas', 'plotly') if m in sys.modules])")
     assert loaded.strip() == "[]"

@@ -2,7 +2,7 @@
 
     python tools/load.py --visitors 1,20,50 --seconds 60
 
-Starts an explorer of its own (or asks the one at --address, loopback only), lets every visitor open the page, choose a clip and an encoder every 2 to 5 s and
+Starts an explorer of its own (or asks the one at --address, loopback only), waits until its first map stands in the page, lets every visitor open the page, choose a clip and an encoder every 2 to 5 s and
 look at Compare once, by raw HTTP as the page does it, and prints a table. A run lasts --seconds and what is on its way is waited for, no longer than a minute.
 """
 import argparse
@@ -20,6 +20,11 @@ import uuid
 import httpx
 
 MOST, LONGEST, GRACE = 100, 600, 60  # visitors, seconds of a run, seconds that answers are waited for
+
+
+def holds_map(page: str) -> bool:
+    "Does a map stand in the page itself?"
+    return '\\"panels\\":[{' in page or '"panels":[{' in page
 
 
 class Visitor:
@@ -61,7 +66,7 @@ class Visitor:
         except (httpx.HTTPError, ValueError):
             return self.seen["failed"].append("page")
         self.seen["page"].append(time.monotonic() - began)
-        self.seen["painted"].append('\\"panels\\":[{' in page.text or '"panels":[{' in page.text)  # a map stands in the page itself
+        self.seen["painted"].append(holds_map(page.text))
         value = {c["id"]: c["props"].get("value") for c in conf["components"]}
         choices = {c["id"]: [x[1] for x in c["props"].get("choices") or []] for c in conf["components"]}
         named = lambda name: next(d for d in conf["dependencies"] if (d.get("api_name") or "").startswith(name))
@@ -123,6 +128,15 @@ def start() -> tuple: # (process, address)
     raise SystemExit("The explorer did not start.")
 
 
+def first_map(address: str, began: float, patience: float = 120) -> float | None: # s since `began`; None: it never came
+    "Wait for the map that the server makes before anyone asks."
+    while time.monotonic() - began < patience:
+        if holds_map(httpx.get(address + "/", trust_env=False, timeout=GRACE).text):
+            return time.monotonic() - began
+        time.sleep(0.5)
+    return None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--visitors", default="1,20,50", help="how many at once, one run each")
@@ -135,8 +149,11 @@ def main():
         raise SystemExit(f"load: 1 to {MOST} visitors and 1 to {LONGEST} seconds, please.")
     if args.address and not re.fullmatch(r"http://(127\.0\.0\.1|localhost):\d+/?", args.address):
         raise SystemExit("load: only an explorer on this machine is asked, such as http://127.0.0.1:7860.")
+    began = time.monotonic()
     process, address = (None, args.address) if args.address else start()
     try:
+        answered, mapped = time.monotonic() - began, first_map(address.rstrip("/"), began)
+        print(f"The page answered after {answered:.1f} s; its first map stood in it {'never' if mapped is None else f'after {mapped:.1f} s'}.\n")
         print("| visitors | page, s | map, s | Compare, s | refused | failed | late | first map in the page | RSS, MB | load average |\n" + "|---" * 10 + "|")
         for n in crowds:
             d = asyncio.run(run(address, process and process.pid, n, args.seconds, args.maps))

@@ -161,7 +161,7 @@ class Launch:
                         setattr(component, name, value)
             except Exception as e:  # the page then asks for it, and says what is wrong
                 print(f"essl_explore: the first view could not be made ({type(e).__name__}: {e})", flush=True)
-        self.app.config = self.app.get_config_file()
+            self.app.config = self.app.get_config_file()
 
 # %% ../../nbs/app/90_explorer.ipynb #051cd350
 def connect(app, tabs, desk, studies, listen: dict, compare: dict):

@@ -125,7 +125,8 @@ class Registry:
         "The entry called `name`. Raises UnknownName, with the nearest names, where there is none."
         self.fill()
         if name not in self.entries:
-            raise UnknownName(f"There is no {self.kind} called {name!r}: {nearest(name, self.entries)}.")
+            said = repr(name) if isinstance(name, str) else f"by {type(name).__name__}, only by a name"
+            raise UnknownName(f"There is no {self.kind} called {said}: {nearest(name, self.entries)}.")
         return self.entries[name]
 
     def names(self) -> list:

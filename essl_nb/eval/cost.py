@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.config import from_json, to_json
+from ..core.config import expect, from_json, to_json
 from ..core.files import write_json
 from ..core.fresh import run_fresh
 from ..core.precision import PRECISIONS, autocast, choose_precision
@@ -185,8 +185,8 @@ def prepare(config, against, threads, repeats, precision, device="cpu") -> tuple
     if precision not in PRECISIONS:
         raise EsslError(f"precision={precision!r} was given; it can be {', '.join(PRECISIONS)}.")
     for c in (config, against):
-        if c is not None and not isinstance(c, EncoderConfig):
-            raise EsslError(f"A {type(c).__name__} was given where an EncoderConfig is needed, such as EncoderConfig({baseline_mixer()!r}).")
+        if c is not None:
+            expect(c, EncoderConfig, f"EncoderConfig({baseline_mixer()!r})")
     return against or baseline_of(config), choose_precision(precision, device)
 
 # %% ../../nbs/eval/71_cost.ipynb #c7be3ef7

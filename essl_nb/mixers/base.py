@@ -43,6 +43,8 @@ def build_mixer(
     for word in arguments:
         if word not in allowed:
             raise EsslError(f"The mixer {name!r} takes no argument {word!r}: {nearest(word, allowed)}.")
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise EsslError(f"dim={dim!r} was given; the width of the frames is a whole number, 1 or more.")
     return entry.obj(dim, **arguments)
 
 # %% ../../nbs/mixers/20_base.ipynb #0e9b5d01

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.config import derive_seed
+from ..core.config import derive_seed, expect
 from ..core.shapes import lengths_to_mask, mask_of, zero_pads
 from .block import blocks
 from .config import POSITION_GROUPS, POSITION_KERNEL, EncoderConfig
@@ -74,7 +74,7 @@ class Encoder(Hub, nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        c = self.config = config
+        c = self.config = expect(config, EncoderConfig, "EncoderConfig('attention', dim=192) or named_config('small', 'attention')")
         self.frontend = frontends.get(c.frontend)(c.dim, causal=c.causal, **c.frontend_kw)
         make = lambda: blocks.get(c.block)(c.dim, mixer=c.mixer, mixer_kw=c.mixer_kw, ff_mult=c.ff_mult, dropout=c.dropout, causal=c.causal, **c.block_kw)
         self.blocks = nn.ModuleList(make() for _ in range(c.depth))

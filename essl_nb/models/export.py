@@ -13,10 +13,11 @@ import json
 import torch
 from torch import Tensor, nn
 
-from ..core.config import content_hash, to_json
+from ..core.config import content_hash, expect, to_json
 from ..core.files import atomic_write
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask
+from .encoder import Encoder
 
 # %% ../../nbs/models/110_export.ipynb #a154d6ff
 def needed(*names) -> list: # modules; raises EsslError where one is not installed
@@ -82,6 +83,7 @@ def export_onnx(
     tolerance: float = 1e-3, # largest distance that is let through, as a share of the largest number
 ) -> dict: # the metadata; raises EsslError where a package is missing, or the numbers differ
     "Write an encoder as one ONNX file: wav (B,N) float32, lengths (B,) int64 → frames (B,T,D), frame_lengths (B,)."
+    expect(encoder, Encoder, "build_encoder, load_encoder or from_transformers", "encoder")
     onnx, _ = needed("onnx", "onnxscript")
     odd = {f"{p.dtype} on {p.device}" for p in encoder.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"}
     if odd:
@@ -92,7 +94,7 @@ def export_onnx(
     shapes = {"wav": {0: clips, 1: length}, "lengths": {0: clips}} if dynamic else None
     try:
         with torch.no_grad():
-            program = torch.onnx.export(Door(encoder.eval()), example(encoder, samples), dynamo=True, verbose=False, dynamic_shapes=shapes,
+            program = torch.onnx.export(Door(encoder).eval(), example(encoder, samples), dynamo=True, verbose=False, dynamic_shapes=shapes,
                                         input_names=["wav", "lengths"], output_names=["frames", "frame_lengths"])
         said = dict(essl_nb="encoder", sample_rate=front.spec.rate, samples_per_frame=front.stride * front.spec.hop, mixer=config.mixer, dim=config.dim, dynamic=dynamic,
                     least_samples=least, config=to_json(config), config_hash=content_hash(to_json(config)), weights_hash=weights_hash(encoder))

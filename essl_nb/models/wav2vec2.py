@@ -215,6 +215,8 @@ def from_transformers(
     normalise: bool | None = None, # bring waveforms to variance 1; None: where norm="layer", as the published feature extractors do
 ) -> Encoder: # in evaluation mode
     "An encoder with the weights of a wav2vec 2.0 or HuBERT model of transformers. Raises EsslError for another kind of model."
+    if not hasattr(model, "config"):
+        raise EsslError(f"A {type(model).__name__} was given; give a model of transformers, such as Wav2Vec2Model.from_pretrained({model if isinstance(model, str) else 'facebook/wav2vec2-base'!r}).")
     tensors, c = plain_names(model.state_dict()), model.config
     if not hasattr(c, "feat_extract_norm"):
         raise EsslError(f"A model of the type {getattr(c, 'model_type', type(c).__name__)!r} was given; wav2vec 2.0 and HuBERT can be imported.")

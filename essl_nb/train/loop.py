@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..core.config import expect
 from ..core.files import append_line, explain_write_error
 from ..core.registry import EsslError
 from ..core.stop import noticing_stops
@@ -178,6 +179,9 @@ def pretrain(
     for name, value in dict(log_every=log_every, watch_every=watch_every, save_every=save_every).items():
         if value < 1:
             raise EsslError(f"{name}={value} was given; it must be at least 1.")
+    expect(config, PretrainConfig, "PretrainConfig(EncoderConfig('attention'))", "config")
+    if corpus is not None:
+        expect(corpus, Corpus, "load_corpus('bundled')", "corpus")
     folder, ranks = Path(folder), Ranks(device)
     with ExitStack() as stack:
         stack.callback(ranks.end)
