@@ -79,10 +79,13 @@ def test_a_failed_export_leaves_the_encoder_as_it_was():
     assert float(encoder(WAV).frames.detach().abs().max()) > 0
 
 
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["both ways", "causal"])
 @some_then_all
-def test_a_file_for_other_runtimes_gives_the_same(name, tmp_path):
+def test_a_file_for_other_runtimes_gives_the_same(name, causal, tmp_path):
     pytest.importorskip("onnxscript")
-    said = export_onnx(tiny(name), tmp_path / "encoder.onnx")
+    if causal and not mixers.get(name).obj.can_be_causal:
+        pytest.skip("it looks ahead")
+    said = export_onnx(tiny(name, causal=causal), tmp_path / "encoder.onnx")
     assert said["dynamic"] and said["parity"] < 1e-3 and said["mixer"] == name and (tmp_path / "encoder.onnx").stat().st_size > 0
 
 
