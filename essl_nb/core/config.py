@@ -108,7 +108,7 @@ def expect(
 ):
     "The thing itself where it is of its class. Raises EsslError for another."
     if not isinstance(thing, cls):
-        raise EsslError(f"{where or 'What was given'} is of the type {type(thing).__name__}; give {cls.__name__}, as {such_as} makes one.")
+        raise EsslError(f"{f'As {where} a' if where else 'A'} {type(thing).__name__} was given where {cls.__name__} is needed; make one by {such_as}.")
     return thing
 
 
