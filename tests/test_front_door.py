@@ -149,3 +149,27 @@ def test_another_default_type_builds_encoders_of_that_type(dtype):
             assert frames.dtype == dtype and frames.isfinite().all()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("front", frontends.names())
+def test_another_default_device_changes_nothing(front):
+    encoder = build_encoder(EncoderConfig(MIXER, dim=16, depth=1, frontend=front), seed=0).eval()
+    want = encoder(WAV, torch.tensor([8000, 5000])).frames
+    with torch.device("meta"):  # what is born on the default device cannot be read there
+        for lengths in (torch.tensor([8000, 5000], device="cpu"), [8000, 5000]):
+            assert torch.equal(encoder(WAV, lengths).frames, want)
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_encoders_born_without_weights_are_filled_from_a_file(name):
+    config = EncoderConfig(name, dim=16, depth=2, mixer_kw=mixers.get(name).meta.get("tiny", {}))
+    whole = build_encoder(config, seed=0).eval()
+    with torch.device("meta"):
+        given, made = build_encoder(config), build_encoder(config).to_empty(device="cpu")
+    given.load_state_dict(whole.state_dict(), assign=True)
+    made.load_state_dict(whole.state_dict())
+    want = whole(WAV, [8000, 5000]).frames
+    for other in (given, made):
+        assert torch.equal(other.eval()(WAV, [8000, 5000]).frames, want)
+    with torch.device("meta"):
+        assert torch.equal(whole(WAV, [8000, 5000]).frames, want)

@@ -205,6 +205,23 @@ def test_resumed_twice_and_from_before_the_first_saved_state(straight, clips, tm
     assert same(straight, tmp_path / "run")
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta"), lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no gradient", "inference", "another device", "autocast"])
+def test_what_a_program_has_set_in_torch_changes_no_run(around, straight, clips, tmp_path):
+    with around():
+        pretrain(settings(clips), tmp_path / "run", **OFTEN)
+    assert same(straight, tmp_path / "run")
+
+
+def test_another_default_type_changes_no_run(straight, clips, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        pretrain(settings(clips), tmp_path / "run", **OFTEN)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(straight, tmp_path / "run")
+
+
 @pytest.fixture
 def usual():
     "What a signal does by default, also where this process was started with the signal ignored, as nohup and background jobs are."

@@ -65,7 +65,7 @@ def check_lengths(
     "Bring lengths into one form. Raises EsslError for shares, masks, another number of them, and lengths that cannot be."
     if lengths is None:
         return None
-    given, lengths = lengths, torch.as_tensor(lengths)
+    given, lengths = lengths, lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     want = f"lengths are the real {unit} of each of the {B} utterances, whole numbers from 0 to {T}"
     if lengths.is_floating_point():
         raise EsslError(f"The lengths are {kind_of(given)}: shares of the longest, or seconds? Here {want}. Of shares, as SpeechBrain has them, make "

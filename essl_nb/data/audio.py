@@ -267,9 +267,10 @@ def filter_array(
 
 def mel_filters(
     spec: LogMelSpec,
+    device=None, # where they shall be; None: torch's default
 ) -> Tensor: # (n_fft/2+1, n_mels) float32, a new tensor at each call
     "The filters as a tensor. Only their numbers are kept for the process: a tensor would keep the mode of its first caller (inference, export)."
-    return torch.tensor(filter_array(spec), dtype=torch.float32)
+    return torch.tensor(filter_array(spec), dtype=torch.float32, device=device)
 
 # %% ../../nbs/data/05_audio.ipynb #e3c6bdf7
 def check_waves(
@@ -302,7 +303,7 @@ def log_mel(
     check_waves(wav, lengths)
     B, N = wav.shape
     lengths = torch.full((B,), N, device=wav.device) if lengths is None else lengths
-    filters = mel_filters(spec).to(wav.device) if filters is None else filters
+    filters = mel_filters(spec, wav.device) if filters is None else filters
     if B == 0:
         return torch.zeros(0, N // spec.hop, spec.n_mels, dtype=torch.float32, device=wav.device), lengths // spec.hop
     half, kind = spec.n_fft // 2, wav.device.type

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 import essl_nb
 from ..core.config import content_hash
 from ..core.files import atomic_write, cache_dir, locked, write_json
+from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from . import audio, containers
 from .audio import MIN_SECONDS, LogMelSpec, Unreadable, load_audio, log_mel_long, plain_name
@@ -327,7 +328,7 @@ def open_features(
     workers: int | None = None, # threads; None: $ESSL_WORKERS, else 2
 ) -> Features:
     "Features from the cache folder, computed first where they are not there."
-    with in_cache("features", f"{key}.f16") as path:
+    with plain_torch(), in_cache("features", f"{key}.f16") as path:
         if (found := stored(path)) is not None:
             return found
         with locked(path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['probes', 'KINDS', 'heads', 'Score', 'list_probes', 'Job', 'offers', 'runnable', 'default_probe', 'choose', 'fits',
-           'check_options', 'check_corpus', 'plain_torch', 'run_probe', 'open_corpus', 'lent', 'ask_baselines',
-           'untrained', 'linear_head', 'mlp_head', 'LayerHead', 'train_head', 'posteriors']
+           'check_options', 'check_corpus', 'run_probe', 'open_corpus', 'lent', 'ask_baselines', 'untrained',
+           'linear_head', 'mlp_head', 'LayerHead', 'train_head', 'posteriors']
 
 # %% ../../nbs/eval/70_probe.ipynb #a5a9a732
 import dataclasses
@@ -15,7 +15,7 @@ import os
 import time
 import typing
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ..core.config import derive_seed
+from ..core.precision import plain_torch
 from ..core.registry import EsslError, Registry
 from .frames import Baseline, Frames, Source, device_of, open_encoder, statistics
 from .intervals import bootstrap_interval, ids_hash, ratio
@@ -153,24 +154,6 @@ def check_corpus(corpus):
         raise EsslError("The corpus has no utterances; give one that has some.")
     if twice := [id for id, n in Counter(u.id for u in corpus).items() if n > 1]:
         raise EsslError(f"The ids {', '.join(map(repr, twice[:5]))} occur more than once in this corpus; give each utterance its own.")
-
-# %% ../../nbs/eval/70_probe.ipynb #5e5bec1c
-@contextmanager
-def plain_torch():
-    "torch as it is when a process starts: float32, tensors on the CPU, gradients, no autocast."
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        if dtype != torch.float32:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 # %% ../../nbs/eval/70_probe.ipynb #96f99cdb
 def run_probe(

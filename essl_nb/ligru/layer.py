@@ -111,7 +111,7 @@ def check_input(layer, x, h0, lengths) -> tuple: # h0, lengths; raises EsslError
         raise EsslError(f"h0 {tuple(h0.shape)} of {h0.dtype} on {h0.device} was given; it is (layers·directions,B,H) = {shape} of {p.dtype} on {p.device}.")
     if lengths is None:
         return h0, None
-    lengths = torch.as_tensor(lengths)
+    lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     if lengths.dtype == torch.bool or lengths.is_floating_point() or tuple(lengths.shape) != (B,):
         raise EsslError(f"lengths {tuple(lengths.shape)} of {lengths.dtype} were given; they are integers, the real frames of each utterance, ({B},).")
     if not torch.compiler.is_compiling() and lengths.device.type != "meta" and B and (lengths.min() < 0 or lengths.max() > T):

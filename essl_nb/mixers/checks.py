@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.config import derive_seed
+from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, zero_pads
 from .base import FAMILIES, mixers
@@ -417,6 +418,7 @@ def check_mixer(
 ) -> str: # one sentence for a notebook to show
     "Run every check of MIXER_CHECKS on a mixer. Raises UnknownName, or BrokenContract that names mixer, check and form."
     entry = mixers.get(name)
-    for run in MIXER_CHECKS.values():
-        run(entry)
+    with plain_torch():
+        for run in MIXER_CHECKS.values():
+            run(entry)
     return f"{name}: all {len(MIXER_CHECKS)} checks hold ({', '.join(MIXER_CHECKS)})"

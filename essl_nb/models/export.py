@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.config import content_hash, expect, to_json
 from ..core.files import atomic_write
+from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask
 from .encoder import Encoder
@@ -93,7 +94,7 @@ def export_onnx(
     clips, length = (torch.export.Dim("clips", min=1, max=2**12), torch.export.Dim("samples", min=least, max=2**26)) if dynamic else (None, None)
     shapes = {"wav": {0: clips, 1: length}, "lengths": {0: clips}} if dynamic else None
     try:
-        with torch.no_grad():
+        with plain_torch(), torch.no_grad():
             program = torch.onnx.export(Door(encoder).eval(), example(encoder, samples), dynamo=True, verbose=False, dynamic_shapes=shapes,
                                         input_names=["wav", "lengths"], output_names=["frames", "frame_lengths"])
         said = dict(essl_nb="encoder", sample_rate=front.spec.rate, samples_per_frame=front.stride * front.spec.hop, mixer=config.mixer, dim=config.dim, dynamic=dynamic,
@@ -101,7 +102,8 @@ def export_onnx(
         with atomic_write(path) as part:
             onnx.save(program.model_proto, part)
             if check:
-                said["parity"] = parity(part, encoder, samples, dynamic)
+                with plain_torch():
+                    said["parity"] = parity(part, encoder, samples, dynamic)
                 if not said["parity"] <= tolerance:
                     raise EsslError(f"The exported encoder is {said['parity']:.2g} of its largest number away from torch, and {tolerance:g} is let through; {path} was not written.")
             model = onnx.load(part)

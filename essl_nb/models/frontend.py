@@ -37,7 +37,7 @@ class Constants(nn.Module):
     "A module with tensors that follow from its settings, `constants()`, in float32 at least."
     exact = False  # True: its parameters stay in float32 at least, too
 
-    def constants(self) -> dict: # name → tensor, on the CPU
+    def constants(self) -> dict: # name → tensor, on torch's default device
         "What there is to keep."
         return {}
 
@@ -48,7 +48,9 @@ class Constants(nn.Module):
 
     def renew(self, beside=None):
         "Make them anew, where they are or `beside` a tensor."
-        for name, value in self.constants().items():
+        with torch.device("cpu"):
+            made = self.constants()
+        for name, value in made.items():
             old = getattr(self, name)
             setattr(self, name, value.to(old.device if beside is None else beside.device, torch.promote_types(old.dtype, torch.float32)))
 

@@ -153,15 +153,15 @@ def prove_same(
         return
     was_training, exact = model.training, weight.dtype in (torch.float32, torch.float64)
     model = model if exact else copy.deepcopy(model).float()
-    wav = torch.randn(1, NOISE_SAMPLES, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 0.1
+    wav = torch.randn(1, NOISE_SAMPLES, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu") * 0.1
     wav = wav.to(weight.device, weight.dtype if exact else torch.float32)
     seen = standardise(wav[..., None])[..., 0] if encoder.frontend.normalise else wav
     try:
         expected = theirs(model.eval(), seen)
     finally:
         model.train(was_training)
-    encoded = encoder(wav)
-    ours = encoded.frames if layer is None else encoded.layers[layer]
+    encoded = encoder(wav.to(next(encoder.parameters()).device))
+    ours = (encoded.frames if layer is None else encoded.layers[layer]).to(expected.device)
     if ours.shape != expected.shape:
         raise EsslError(f"The model turns {NOISE_SAMPLES} samples into frames of the shape {tuple(expected.shape)} and the imported encoder into {tuple(ours.shape)}: it has strides, pooling or an adapter that this encoder has not.")
     away = ((ours - expected).abs().max() / expected.abs().max()).item()

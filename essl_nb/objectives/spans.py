@@ -57,10 +57,10 @@ def draw_spans(
     T = max(sizes, default=0) if T is None else T
     if T < max(sizes, default=0):
         raise EsslError(f"T = {T} frames cannot hold an utterance of {max(sizes)}.")
-    hidden = torch.zeros(len(sizes), T, dtype=torch.bool)
+    hidden = torch.zeros(len(sizes), T, dtype=torch.bool, device="cpu")
     for row, size in zip(hidden, sizes):
         row[:size] = spans_of_one(size, span, start_prob, generator, min_spans).cpu()
-    return hidden.to(torch.as_tensor(lengths).device)
+    return hidden.to(lengths.device if isinstance(lengths, Tensor) else "cpu")
 
 # %% ../../nbs/objectives/50_spans.ipynb #b50088d4
 def realised_share(
@@ -68,7 +68,7 @@ def realised_share(
     lengths: Tensor | None = None, # (B,) real frames; None = all real
 ) -> float: # hidden frames of all real frames; 0 where there are none
     "The share of real frames that is hidden."
-    real = span.numel() if lengths is None else int(torch.as_tensor(lengths).sum())
+    real = span.numel() if lengths is None else int(sum(int(n) for n in lengths))
     return float(span.sum()) / max(real, 1)
 
 # %% ../../nbs/objectives/50_spans.ipynb #23accd3b

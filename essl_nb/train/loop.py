@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..core.config import expect
 from ..core.files import append_line, explain_write_error
+from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from ..core.stop import noticing_stops
 from ..data.corpus import Corpus, load_corpus
@@ -183,7 +184,7 @@ def pretrain(
     if corpus is not None:
         expect(corpus, Corpus, "load_corpus('bundled')", "corpus")
     folder, ranks = Path(folder), Ranks(device)
-    with ExitStack() as stack:
+    with plain_torch(), ExitStack() as stack:
         stack.callback(ranks.end)
         ranks.first(lambda: stack.enter_context(sole_run(folder)))
         if ranks.first(lambda: claim(folder, config, resume)):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import derive_seed
+from ..core.precision import plain_torch
 from ..core.registry import EsslError, nearest
 from ..data.audio import log_mel
 from .audio import clip_figure
@@ -113,16 +114,17 @@ def influence_map(
     mixer, training = mixer_at(encoder, layer), encoder.training
     encoder.eval()
     try:
-        x, carry = mixer_input(encoder, wav, layer)
-        if kind == INFLUENCE:
-            generator = torch.Generator().manual_seed(derive_seed("influence", layer))
-            values = mixer.influence(x, queries=list(range(0, x.shape[1], step)), generator=generator, carry=carry)[0]
-        else:
-            with torch.no_grad():
-                maps = own_maps(mixer, x, carry)
-            if kind not in maps:
-                raise EsslError(f"Layer {layer} has no map called {kind!r}: {nearest(kind, [INFLUENCE, *maps])}.")
-            values = maps[kind][::step]
+        with plain_torch():
+            x, carry = mixer_input(encoder, wav, layer)
+            if kind == INFLUENCE:
+                generator = torch.Generator().manual_seed(derive_seed("influence", layer))
+                values = mixer.influence(x, queries=list(range(0, x.shape[1], step)), generator=generator, carry=carry)[0]
+            else:
+                with torch.no_grad():
+                    maps = own_maps(mixer, x, carry)
+                if kind not in maps:
+                    raise EsslError(f"Layer {layer} has no map called {kind!r}: {nearest(kind, [INFLUENCE, *maps])}.")
+                values = maps[kind][::step]
     finally:
         encoder.train(training)
     return MixingMap(values.detach().abs().float().numpy(), kind, layer, encoder.frame_seconds, step)
