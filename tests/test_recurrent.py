@@ -56,6 +56,18 @@ def test_the_scans_gradient_is_that_of_finite_differences():
     torch.autograd.gradcheck(selective_scan, inputs(19, 3, 2))
 
 
+def test_a_second_derivative_of_the_scan_is_refused_with_what_has_one():
+    from essl_nb.core.registry import EsslError
+
+    x = inputs(19, 3, 2)
+    first, = torch.autograd.grad(selective_scan(*x)[0].square().sum(), x[0], create_graph=True)
+    with pytest.raises(EsslError, match="selective_scan_reference"):
+        first.square().sum().backward()
+    same, = torch.autograd.grad(selective_scan_reference(*x)[0].square().sum(), x[0], create_graph=True)
+    assert torch.allclose(first, same)
+    same.square().sum().backward()
+
+
 def test_a_scan_in_pieces_is_the_whole():
     u, delta, A, B, C, state = inputs(50)
     whole, end = selective_scan(u, delta, A, B, C, state)

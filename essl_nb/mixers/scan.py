@@ -7,7 +7,7 @@ __all__ = ['FLAGS', 'TILE', 'selective_scan_reference', 'chunk_frames', 'in_chun
            'scan_backward_chunks', 'exponential', 'exponential_float32', 'exponential_float64', 'exponential_compiled',
            'forward_loop', 'scan_forward_compiled', 'backward_loop', 'scan_backward_compiled', 'scan_form',
            'scan_forward', 'scan_backward', 'forward_shapes', 'backward_shapes', 'keep_for_backward', 'scan_gradients',
-           'flops_for', 'selective_scan_written', 'selective_scan']
+           'refuse_second', 'flops_for', 'selective_scan_written', 'selective_scan']
 
 # %% ../../nbs/mixers/18_scan.ipynb #15fefe9a
 import math
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.jit import compiled, compiled_as, inlined, jit_refusal
+from ..core.registry import EsslError
 from ..core.transforms import under_transform
 from ..core.traced import exporting_onnx, scan_frames
 from .base import FORMULAS
@@ -295,7 +296,14 @@ def scan_gradients(ctx, dy, dlast, _):
     return scan_backward(dy, dlast, *ctx.saved_tensors)
 
 
+def refuse_second(ctx, *grads):
+    "There is no second derivative. Raises EsslError."
+    raise EsslError("The selective scan has first derivatives only, and a second one was asked for (create_graph=True, or backward through a gradient). "
+                    "selective_scan_reference can be differentiated any number of times, and torch.func's transforms (grad of grad, hessian) take it by themselves.")
+
+
 scan_forward.register_autograd(scan_gradients, setup_context=keep_for_backward)
+scan_backward.register_autograd(refuse_second)
 
 # %% ../../nbs/mixers/18_scan.ipynb #95854f9f
 def flops_for(each: int): # → a formula: `each` multiply-accumulates for each frame, feature and state
