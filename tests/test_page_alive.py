@@ -110,6 +110,10 @@ def test_names_are_shown_as_they_are(page, address):
     foreign = page.evaluate("() => [document.querySelectorAll('main img[src=x], main img[src=y]').length, document.querySelectorAll('main a[href*=evil]').length, [...document.querySelectorAll('svg a')].length]")
     assert foreign == [0, 0, 0] and "<img src=x" in shown
     assert not [u for u in page.asked if not u.startswith((address, address.replace("http:", "ws:"), "data:", "blob:")) or re.search("/[xy]$", u)]
+    page.click("#chosen input")
+    page.keyboard.type(list_mixers()[1])
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#no-listen .essl-fault", state="detached")  # what was said of another encoder
 
 
 def test_a_file_that_is_too_large_is_answered_where_it_was_chosen(page, address, tmp_path):

@@ -205,7 +205,7 @@ def compare_answer(studies: Studies, curves: CurvesFile, v: dict, fresh: bool) -
     try:
         known = studies.choices() if fresh else []
         lists = dict(study=gr.Dropdown(choices=known, value=v["study"] if v["study"] in [k for _, k in known] else next((k for _, k in known), None))) if fresh else {}
-        return lists | dict(fault=wrong, no_listen="") | study_answer(studies.get(v["study"]), curves, v, budget, fresh)
+        return lists | dict(fault=wrong) | study_answer(studies.get(v["study"]), curves, v, budget, fresh)
     except EsslError as e:
         said = str(e)
     except Exception as e:  # whatever stands in a file of somebody's: the page lives, and the log holds the rest
@@ -251,7 +251,7 @@ def compare_tab(studies: Studies) -> dict: # name -> component, "open" among the
             second = curves_part()
     budgets = ["budget_" + b for b in BUDGETS]
     names = ["study", *PICKS, "machine", "cost", "log", "untrained", "chosen", *budgets]
-    told = ["study", "view", *PICKS, "machine", "cost", "untrained", "chosen", "listen", "card", "fault", "no_listen"]
+    told = ["study", "view", *PICKS, "machine", "cost", "untrained", "chosen", "listen", "card", "fault"]
     asked, answers, quiet = [c[n] for n in names], [c[n] for n in told], dict(api_visibility="private", show_progress="hidden")
 
     def refresh(*values, fresh=False):
@@ -267,6 +267,8 @@ def compare_tab(studies: Studies) -> dict: # name -> component, "open" among the
         done = changed(begin if name == "study" else refresh, asked, answers, trigger_mode="always_last", **wait, **quiet)
         redraw += [done.then] if name in ("study", "chosen") else []
     redraw.append(c["view"].pick(pick, None, c["chosen"], **quiet).then(refresh, asked, answers, **quiet).then)
+    for chosen in (c["study"].input, c["chosen"].input, c["view"].pick):  # at once in the browser: an answer under way must not take away what was said after it
+        chosen(None, None, c["no_listen"], js="() => ''", **quiet)
     redraw.append(c["view"].again(begin, asked, answers, **quiet).then)
     after, draw = wire_curves(redraw, studies, curves, c, second)
     c["open"] = lambda app: after(app.load(begin, asked, answers, **quiet).then)
