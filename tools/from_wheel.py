@@ -88,9 +88,11 @@ def alone(place: Place) -> str:
     wheel = next(place.folder.glob("*.whl"))
     if (size := wheel.stat().st_size) > MOST:
         raise Failed(f"the wheel has {size} bytes; {MOST} are allowed")
-    path = place.python("import sys, essl_nb; print(essl_nb.__file__); print(sys.path)")
-    if str(ROOT) in path or not path.startswith(str(place.venv)):
-        raise Failed(f"the repository is on sys.path: {path}")
+    found, *paths = place.python("import sys, essl_nb; print(essl_nb.__file__, *sys.path, sep='\\n')").splitlines()
+    lent = sysconfig.get_path("purelib")  # may stand in the repository's own .venv
+    foreign = [p for p in paths if Path(p).is_relative_to(ROOT) and p != lent]
+    if foreign or not found.startswith(str(place.venv)):
+        raise Failed(f"the package is {found}, and of the repository {foreign} is on sys.path")
     return f"{size / 1e6:.1f} MB"
 
 
