@@ -15,7 +15,7 @@ from ..core.shapes import groups_of, zero_pads
 from .base import Map, Mixer, mixers
 
 # %% ../../nbs/mixers/30_fastformer.ipynb #26847cdb
-MOST_FRAMES = 2**18  # that an exported program takes: 87 minutes at 20 ms
+MOST_FRAMES = 2**19  # that an exported program takes: its 2**26 samples at most (70 minutes) make no more, at 10 ms a frame or longer
 
 
 def doublings(n: int, most: int) -> list: # 1, 2, 4, … below n; where n is the symbol of an exported program, below the most that it takes

@@ -68,7 +68,7 @@ def realised_share(
     lengths: Tensor | None = None, # (B,) real frames; None = all real
 ) -> float: # hidden frames of all real frames; 0 where there are none
     "The share of real frames that is hidden."
-    real = span.numel() if lengths is None else int(sum(int(n) for n in lengths))
+    real = span.numel() if lengths is None else sum(int(n) for n in lengths)
     return float(span.sum()) / max(real, 1)
 
 # %% ../../nbs/objectives/50_spans.ipynb #23accd3b
