@@ -13,8 +13,8 @@ _HOME = {
     "LiGRU": "ligru.layer", "SLiGRU": "ligru.layer",
     "load_corpus": "data.corpus", "list_objectives": "objectives.objective",
     "PretrainConfig": "train.config", "pretrain": "train.loop",
-    "list_probes": "eval.probe", "run_probe": "eval.probe",
-    "training_cost": "eval.cost", "deployment_cost": "eval.cost",
+    "list_probes": "probes.probe", "run_probe": "probes.probe",
+    "training_cost": "costs.cards", "deployment_cost": "costs.cards",
     "Study": "study.study", "load_results": "study.results", "pareto_front": "study.pareto",
     "influence_map": "viz.mixing", "create_app": "app.explorer",
 }
@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test keeps it in step with
     from .objectives.objective import list_objectives as list_objectives
     from .train.config import PretrainConfig as PretrainConfig
     from .train.loop import pretrain as pretrain
-    from .eval.probe import list_probes as list_probes, run_probe as run_probe
-    from .eval.cost import training_cost as training_cost, deployment_cost as deployment_cost
+    from .probes.probe import list_probes as list_probes, run_probe as run_probe
+    from .costs.cards import training_cost as training_cost, deployment_cost as deployment_cost
     from .study.study import Study as Study
     from .study.results import load_results as load_results
     from .study.pareto import pareto_front as pareto_front

@@ -1,6 +1,6 @@
 """A CUDA simulator for the kernels of essl_nb.ligru: all blocks at once, warps in step, and a memory that can be late.
 
-Kernels are plain Python functions of the words they are written in (essl_nb.ligru.ptx.device_words makes those of a GPU).
+Kernels are plain Python functions of the words they are written in (essl_nb.ligru.gpu.ptx.device_words makes those of a GPU).
 Here are the same words for the simulator. Each CUDA thread is a greenlet; it runs until it has to meet others:
 
 - `syncthreads` waits for all threads of the block, shuffles and `mma` for all 32 of the warp; a thread that does not come is an error;
@@ -215,7 +215,7 @@ def run(kernel, grid, threads, args, seed=None):
 
 
 class Simulator:
-    "An engine for essl_nb.ligru.gpu that runs here."
+    "An engine for essl_nb.ligru.gpu.backend that runs here."
 
     piece = 3
 

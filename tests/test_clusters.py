@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.objectives.hubert import dct_basis, kmeans, nearest_centroid, principal_axes
+from essl_nb.objectives.clusters import dct_basis, kmeans, nearest_centroid, principal_axes
 
 
 def seeded(seed=0):

@@ -8,8 +8,8 @@ from torch import nn
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.checks import small_batch
 from essl_nb.mixers.convnext_block import ConvNeXtBlock, ConvNeXtV2, ResponseNorm
-from essl_nb.mixers.efficientnet import Affine, FusedMBConv, MBConv, fold_batchnorm
-from essl_nb.mixers.mlp_any import CMLP, FMLP, TSMLP, circular
+from essl_nb.mixers.mbconv import Affine, FusedMBConv, MBConv, fold_batchnorm
+from essl_nb.mixers.mlp_asr import CMLP, FMLP, TSMLP, circular
 from essl_nb.mixers.mlp_mixer import MLPMixer
 
 

@@ -8,15 +8,16 @@ import torch
 
 from essl_nb.core.precision import choose_precision
 from essl_nb.core.registry import EsslError
-from essl_nb.eval import cost, machine, measure
-from essl_nb.eval.finetune import fresh_copy
-from essl_nb.eval.macs import encoder_macs, parameter_count, training_macs
+from essl_nb.core import machine
+from essl_nb.costs import cards, measure
+from essl_nb.probes.finetune import fresh_copy
+from essl_nb.costs.macs import encoder_macs, parameter_count, training_macs
 from essl_nb.mixers.base import FAMILIES, Mixer, count_macs, list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import POSITION_GROUPS, POSITION_KERNEL, build_encoder
 from essl_nb.models.frontend import frontends
 
-BASE = cost.baseline_mixer()
+BASE = cards.baseline_mixer()
 
 
 def tiny(name, **kw):
@@ -74,7 +75,7 @@ def test_turns_alternate_and_medians_have_quartiles():
     turns = measure.interleaved([lambda: order.append("A"), lambda: order.append("B")], repeats=3, warmup=1, fill=0)
     assert "".join(order) == "AB" * 4 and len(turns) == 3 and all(len(t) == 2 for t in turns)
     assert measure.spread([1, 2, 3, 4, 100]) == (3, 2, 4)
-    row = cost.against_baseline("x", [[2, 1], [4, 2], [9, 3]])
+    row = cards.against_baseline("x", [[2, 1], [4, 2], [9, 3]])
     assert (row["x"], row["baseline_x"], row["x_ratio"], row["x_ratio_high"]) == (4, 2, 2, 2.5)
     assert measure.exponent([5], [1]) is None
 
@@ -104,7 +105,7 @@ def guest():
 
 def test_the_deployment_card_of_a_guest(guest):
     config = EncoderConfig(guest, dim=64, depth=2)
-    card = cost.deployment_cost(config, quick=True)
+    card = cards.deployment_cost(config, quick=True)
     assert json.loads(json.dumps(card)) == card
     assert card["mixer"] == guest and card["against"]["mixer"] == BASE and card["against"]["dim"] == 64
     assert card["threads"] == 1 and card["protocol"]["order"] == "interleaved" and card["versions"]["torch"] == torch.__version__
@@ -118,12 +119,12 @@ def test_the_deployment_card_of_a_guest(guest):
     assert 4 * card["parameters"] < card["disk_bytes_fp32"] < 4 * card["parameters"] + 20_000 and card["disk_bytes_bf16"] < 0.6 * card["disk_bytes_fp32"]
     text = json.dumps(card)
     assert str(Path.home()) not in text and f'"{platform.node()}"' not in text
-    assert "deployment card" in cost.card_text(card)
+    assert "deployment card" in cards.card_text(card)
 
 
 def test_the_command_writes_a_training_card(tmp_path, capsys):
     out = tmp_path / "card.json"
-    cost.essl_cost(BASE, dim=32, depth=1, what="training", quick=True, out=str(out))
+    cards.essl_cost(BASE, dim=32, depth=1, what="training", quick=True, out=str(out))
     (card,) = json.loads(out.read_text())
     assert card["card"] == "training" and card["macs_ratio"] == card["parameters_ratio"] == 1
     assert card["protocol"]["audio_seconds"] == 2 and card["precision"] == choose_precision().name
@@ -135,17 +136,17 @@ def test_the_command_writes_a_training_card(tmp_path, capsys):
 def test_the_command_reads_a_saved_encoder(tmp_path):
     config = tiny(BASE)
     build_encoder(config, seed=0).save(tmp_path)
-    assert cost.cost_config(str(tmp_path), dim=999, depth=9, causal=True) == config
+    assert cards.cost_config(str(tmp_path), dim=999, depth=9, causal=True) == config
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(EsslError, match="is not JSON"):
-        cost.cost_config(str(tmp_path), 1, 1, False)
+        cards.cost_config(str(tmp_path), 1, 1, False)
 
 
 def test_the_command_answers_in_one_sentence(tmp_path):
     for kw, part in [(dict(mixer="no-such"), "There is no mixer called"), (dict(mixer=BASE, what="all"), "training, deployment or both"),
                      (dict(mixer=BASE, threads=0), "whole number from 1"), (dict(mixer=BASE, what="deployment", seconds="1,two"), "durations")]:
         with pytest.raises(EsslError, match=part):
-            cost.essl_cost(**kw, out=str(tmp_path / "x.json"))
+            cards.essl_cost(**kw, out=str(tmp_path / "x.json"))
     assert not list(tmp_path.iterdir())
 
 
@@ -157,19 +158,19 @@ def test_the_command_answers_in_one_sentence(tmp_path):
 ])
 def test_bad_input(kw, part):
     with pytest.raises(EsslError, match=part):
-        cost.deployment_cost(tiny(BASE), **kw)
+        cards.deployment_cost(tiny(BASE), **kw)
 
 
 def test_bad_training_input():
     with pytest.raises(EsslError, match="one crop at least"):
-        cost.training_cost(tiny(BASE), batch_seconds=1, crop_seconds=8)
+        cards.training_cost(tiny(BASE), batch_seconds=1, crop_seconds=8)
     with pytest.raises(EsslError, match="EncoderConfig is needed"):
-        cost.training_cost({"mixer": BASE})
+        cards.training_cost({"mixer": BASE})
 
 
 def test_state_only_where_it_streams():
-    assert cost.state_bytes(tiny(BASE), 10) is None
-    short, long = (cost.state_bytes(tiny(BASE, causal=True), s) for s in (1, 10))
+    assert cards.state_bytes(tiny(BASE), 10) is None
+    short, long = (cards.state_bytes(tiny(BASE, causal=True), s) for s in (1, 10))
     assert 0 < short < long
 
 
@@ -179,7 +180,7 @@ CONTROL = next(e.name for e in mixers if e.meta.get("control"))
 @pytest.mark.parametrize("block, wide", [("hybrid", 1), ("conformer", 1), ("branchformer", 2)])
 def test_a_stream_remembers_the_branch_beside_the_mixer(block, wide):
     bare, branched = (EncoderConfig(CONTROL, dim=32, depth=3, causal=True, block=b, block_kw=kw) for b, kw in (("transformer", {}), (block, {"kernel": 5})))
-    assert cost.state_bytes(branched, 2.0) - cost.state_bytes(bare, 2.0) == 4 * 3 * (5 - 1) * 32 * wide
+    assert cards.state_bytes(branched, 2.0) - cards.state_bytes(bare, 2.0) == 4 * 3 * (5 - 1) * 32 * wide
 
 
 def test_the_positional_convolution_is_counted():

@@ -11,14 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from essl_nb.core.files import append_line, read_lines
 from essl_nb.core.registry import EsslError, UnknownName
-from essl_nb.eval import cost, curves
-from essl_nb.eval.equal import matched
-from essl_nb.eval.macs import encoder_macs, parameter_count
+from essl_nb.costs import cards, curves
+from essl_nb.costs.width import matched
+from essl_nb.costs.macs import encoder_macs, parameter_count
 from essl_nb.mixers.base import FAMILIES, Mixer, list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.viz.curves import QUANTITIES, curve_figure
 
-BASE = cost.baseline_mixer()
+BASE = cards.baseline_mixer()
 CONTROL = next(e.name for e in mixers if e.meta.get("control"))
 SMALL = dict(widths=(32,), batches=(1,), passes=("forward",), budget=0.0, least=2, progress=False)
 
@@ -89,11 +89,11 @@ def test_equal_is_equal_to_itself_and_says_what_cannot_be():
 # ---- deployment cards of mixers with a longest utterance --------------------------------------------------------
 
 def test_a_card_leaves_out_what_the_mixer_cannot_take(guests):
-    card = cost.deployment_cost(EncoderConfig(guests[0], dim=32, depth=1), seconds=(1, 2, 40, 80), repeats=1)
+    card = cards.deployment_cost(EncoderConfig(guests[0], dim=32, depth=1), seconds=(1, 2, 40, 80), repeats=1)
     assert [p["seconds"] for p in card["points"]] == [1, 2] and card["protocol"]["left_out_seconds"] == [40, 80]
     assert json.loads(json.dumps(card)) == card
     with pytest.raises(EsslError, match="take up to 2 s"):
-        cost.deployment_cost(EncoderConfig(guests[0], dim=32, depth=1), seconds=(40, 80))
+        cards.deployment_cost(EncoderConfig(guests[0], dim=32, depth=1), seconds=(40, 80))
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------

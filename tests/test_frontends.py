@@ -7,7 +7,7 @@ import torch
 from essl_nb.core.config import from_json, to_json
 from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import lengths_to_mask
-from essl_nb.eval.macs import encoder_macs
+from essl_nb.costs.macs import encoder_macs
 from essl_nb.mixers.base import mixers
 from essl_nb.models.checkpoint import load_encoder
 from essl_nb.models.config import EncoderConfig

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.eval import cost, curves, measure
-from essl_nb.eval.gpu_cases import KINDS, PASSES, all_cases
-from essl_nb.eval.gpu_kernels import KernelCase, gpu_code, verdict
+from essl_nb.costs import cards, curves, measure
+from essl_nb.costs.gpu_cases import KINDS, PASSES, all_cases
+from essl_nb.costs.gpu_kernels import KernelCase, gpu_code, verdict
 from essl_nb.ligru.cell import CELLS
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
@@ -60,7 +60,7 @@ class Card:
 @pytest.fixture
 def card(monkeypatch):
     found = Card()
-    for module in (cost, curves):
+    for module in (cards, curves):
         monkeypatch.setattr(module, "meter_of", lambda device: measure.CudaMeter(found))
     return found
 
@@ -96,8 +96,8 @@ def test_the_record_names_card_driver_libraries_and_rounding():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said():
-    config = EncoderConfig(cost.baseline_mixer(), dim=32, depth=1)
-    for call in (lambda: measure.meter_of("cuda"), lambda: cost.training_cost(config, device="cuda"), lambda: cost.deployment_cost(config, device="cuda")):
+    config = EncoderConfig(cards.baseline_mixer(), dim=32, depth=1)
+    for call in (lambda: measure.meter_of("cuda"), lambda: cards.training_cost(config, device="cuda"), lambda: cards.deployment_cost(config, device="cuda")):
         with pytest.raises(EsslError, match="no NVIDIA GPU"):
             call()
     with pytest.raises(EsslError, match="cpu or cuda"):
@@ -105,24 +105,24 @@ def test_a_gpu_that_is_not_there_is_said():
 
 
 def test_cards_are_measured_by_the_meter_of_their_device(card):
-    configs = [cost.to_json(EncoderConfig(cost.baseline_mixer(), dim=32, depth=1))] * 2
-    for raw in (cost.measure_training(configs, 1, 1.0, 2, 1, "fp32"), cost.measure_deployment(configs, [1.0], 2, 1)):
+    configs = [cards.to_json(EncoderConfig(cards.baseline_mixer(), dim=32, depth=1))] * 2
+    for raw in (cards.measure_training(configs, 1, 1.0, 2, 1, "fp32"), cards.measure_deployment(configs, [1.0], 2, 1)):
         assert raw["idle"] == 0 and raw["device"]["gpu"] == "A Card"
         assert all(t == 0 for t in torch.tensor(raw["times"]).flatten()), "the stand-in's clock stands still"
     assert card.said.count("event") > 8
-    head = cost.card_head("training", *[EncoderConfig(cost.baseline_mixer(), dim=32, depth=1)] * 2, 1, cost.choose_precision("fp32"), {}, raw["device"])
+    head = cards.card_head("training", *[EncoderConfig(cards.baseline_mixer(), dim=32, depth=1)] * 2, 1, cards.choose_precision("fp32"), {}, raw["device"])
     assert head["machine"]["gpu"] == "A Card" and head["machine"]["cpu"] and head["protocol"]["device"] == "cuda"
 
 
 def test_curves_are_measured_by_the_meter_of_their_device(card):
-    found = curves.measure_point([cost.baseline_mixer()], 32, 1, PASSES[1], 1.0, 0.0, 2)
-    assert [t[0] for t in found[cost.baseline_mixer()]["times"]] == [0, 0] and found[cost.baseline_mixer()]["peak"] == 0
+    found = curves.measure_point([cards.baseline_mixer()], 32, 1, PASSES[1], 1.0, 0.0, 2)
+    assert [t[0] for t in found[cards.baseline_mixer()]["times"]] == [0, 0] and found[cards.baseline_mixer()]["peak"] == 0
     assert "event" in card.said
 
 
 def test_rows_of_two_cards_do_not_share_a_file(tmp_path, card):
     file, machine = tmp_path / "rows.jsonl", curves.machine_record()
-    row = dict(zip(curves.GIVEN, (cost.baseline_mixer(), 32, 1, "forward", 1.0)), made={"machine": machine | {"gpu": "Another Card"}})
+    row = dict(zip(curves.GIVEN, (cards.baseline_mixer(), 32, 1, "forward", 1.0)), made={"machine": machine | {"gpu": "Another Card"}})
     file.write_text(json.dumps(row) + "\n")
     for device in ({}, {"gpu": "A Card"}):
         with pytest.raises(EsslError, match="Another Card"):
@@ -369,7 +369,7 @@ sys.meta_path.insert(0, Bare())
 
 
 def test_steps_a_to_c_need_nothing_but_torch_and_numba():
-    code = BARE + "from essl_nb.eval.gpu_cases import KINDS, all_cases\n" \
+    code = BARE + "from essl_nb.costs.gpu_cases import KINDS, all_cases\n" \
         "c = all_cases('cpu', 'c')[0]\nprint(len(KINDS['mixer'](c, 'cpu')(c['points'][0])))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "1", done.stderr[-2000:]

@@ -172,7 +172,7 @@ def test_without_a_compiler_everything_runs_and_says_on_what(tmp_path, prepare, 
 import torch
 from essl_nb import LiGRU, list_mixers, build_mixer
 from essl_nb.core.registry import EsslError
-from essl_nb.mixers.scan import scan_form, selective_scan, selective_scan_reference
+from essl_nb.ops.scan import scan_form, selective_scan, selective_scan_reference
 layer, x = LiGRU(8, 8), torch.randn(2, 20, 8)
 layer(x)[0].sum().backward()
 print(layer.took.name, layer.took.why)

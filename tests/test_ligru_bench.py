@@ -8,8 +8,8 @@ import torch
 from essl_nb.core.files import read_lines
 from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
-from essl_nb.ligru import bench as b
-from essl_nb.train.recognise import CELLS, BothWays, SmallRecogniser, equal_units, parameters, recognise, recognition_rows, recognition_table
+from essl_nb.costs import recurrent as b
+from essl_nb.probes.recognise import CELLS, BothWays, SmallRecogniser, equal_units, parameters, recognise, recognition_rows, recognition_table
 
 SMALL = b.Shape(1, 1, 24, 2, 12)
 
@@ -138,7 +138,7 @@ def few():
 
 def test_a_run_is_a_row_and_is_not_made_twice(few, tmp_path, monkeypatch):
     corpus, chosen = few
-    import essl_nb.train.recognise as module
+    import essl_nb.probes.recognise as module
 
     monkeypatch.setattr(module, "transcribed", lambda corpus, part: [u for u in corpus if u.id in chosen])
     monkeypatch.setattr(module, "load_corpus", lambda name: corpus)
@@ -153,7 +153,7 @@ def test_a_run_is_a_row_and_is_not_made_twice(few, tmp_path, monkeypatch):
 
 def test_a_recogniser_that_diverges_is_a_row_and_the_next_is_trained(few, tmp_path, monkeypatch, capsys):
     corpus, chosen = few
-    import essl_nb.train.recognise as module
+    import essl_nb.probes.recognise as module
 
     monkeypatch.setattr(module, "transcribed", lambda corpus, part: [u for u in corpus if u.id in chosen])
     monkeypatch.setattr(module, "load_corpus", lambda name: corpus)

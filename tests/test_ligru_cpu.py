@@ -11,8 +11,8 @@ from llvmlite import binding, ir
 
 from essl_nb.core.registry import EsslError
 from essl_nb.ligru import cell as reference
-from essl_nb.ligru import cpu, loop, threads, vectors
-from essl_nb.ligru.vectors import multiply, pack
+from essl_nb.ligru.cpu import backend as cpu, loop, product, threads
+from essl_nb.ligru.cpu.product import multiply, pack
 
 DOUBLE = torch.double
 SHAPES = [(8, 1, 1, 1), (9, 1, 33, 1), (11, 2, 64, 1), (8, 33, 50, 1), (13, 5, 129, 2), (10, 17, 200, 3), (40, 3, 96, 1)]  # T, B, H, threads
@@ -143,7 +143,7 @@ def test_threads_of_python_give_what_torchs_do(monkeypatch):
 def test_openmp_is_asked_only_where_it_gives_all_threads(setting, trusted):
     code = """
 import torch
-from essl_nb.ligru import cpu, threads
+from essl_nb.ligru.cpu import backend as cpu, threads
 hs, _ = cpu.forward(torch.randn(9, 2, 256), torch.randn(256, 128), torch.zeros(2, 128), threads=2)
 print(bool(threads.entry(2)), hs.isfinite().all().item())
 """
@@ -213,7 +213,7 @@ def assembly_on(triple, features, arguments, write, monkeypatch):
 def test_tile_is_vector_code_on_other_processors(triple, features, instruction, real, monkeypatch):
     "Assembly of one tile: fused multiply-adds on vectors, and no call of a library."
     p = real.as_pointer()
-    assembly = assembly_on(triple, features, [p, vectors.INT64, p, vectors.INT64, p, vectors.INT64], lambda b, args: vectors.product_tile(b, real, 4, 3, *args), monkeypatch)
+    assembly = assembly_on(triple, features, [p, product.INT64, p, product.INT64, p, product.INT64], lambda b, args: product.product_tile(b, real, 4, 3, *args), monkeypatch)
     assert instruction in assembly and "\tcall" not in assembly and "\tbl\t" not in assembly
 
 
@@ -221,6 +221,6 @@ def test_tile_is_vector_code_on_other_processors(triple, features, instruction, 
 @REALS
 def test_formulas_are_vector_code_on_other_processors(triple, features, instruction, real, monkeypatch):
     "Assembly of a gate: the exponential is arithmetic on vectors, and no call of a library."
-    formula = lambda x, h: [h / (1 + vectors.exponential(0 - x)), loop.curves("tanh")[0](x)]
-    assembly = assembly_on(triple, features, [vectors.INT64, *[real.as_pointer()] * 4], lambda b, args: vectors.unit_loop(b, real, formula, args[0], list(args[1:])), monkeypatch)
+    formula = lambda x, h: [h / (1 + product.exponential(0 - x)), loop.curves("tanh")[0](x)]
+    assembly = assembly_on(triple, features, [product.INT64, *[real.as_pointer()] * 4], lambda b, args: product.unit_loop(b, real, formula, args[0], list(args[1:])), monkeypatch)
     assert instruction in assembly and "\tcall" not in assembly and "\tbl\t" not in assembly

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.ligru import cell, custom_op as operator, gpu as cuda
-from essl_nb.ligru.gpu import A100, H100, Plan
-from essl_nb.ligru.kernels import Form, pack_weights
+from essl_nb.ligru import cell, custom_op as operator
+from essl_nb.ligru.gpu import backend as cuda
+from essl_nb.ligru.gpu.backend import A100, H100, Plan
+from essl_nb.ligru.gpu.persistent import Form, pack_weights
 from essl_nb.ligru.layer import LiGRU, SLiGRU
 
 NONE = replace(A100, name="a GPU without registers", registers=0)

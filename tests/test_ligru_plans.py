@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.ligru import gpu as cuda
-from essl_nb.ligru.gpu import A100, H100, T4, capacity, plan, registers, resident
-from essl_nb.ligru.frames import backward_frame, forward_frame
-from essl_nb.ligru.kernels import KERNELS, Form, report
-from essl_nb.ligru.ptx import find_ptxas
+from essl_nb.ligru.gpu import backend as cuda
+from essl_nb.ligru.gpu.backend import A100, H100, T4, capacity, plan, registers, resident
+from essl_nb.ligru.gpu.graph import backward_frame, forward_frame
+from essl_nb.ligru.gpu.persistent import KERNELS, Form, report
+from essl_nb.ligru.gpu.ptx import find_ptxas
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = json.loads((ROOT / "results/ligru_ptx.json").read_text())["kernels"]
@@ -83,7 +83,7 @@ def test_the_module_is_light_and_says_what_is_missing():
     code = """
 import sys
 sys.modules["numba_cuda"] = None  # as if it were not installed
-import essl_nb.ligru.gpu as cuda, essl_nb.ligru.ptx as ptx
+import essl_nb.ligru.gpu.backend as cuda, essl_nb.ligru.gpu.ptx as ptx
 assert not [m for m in sys.modules if m.split(".")[0] in ("numba", "llvmlite")]
 import importlib.util
 ptx.find_spec = lambda name: None

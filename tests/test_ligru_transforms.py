@@ -7,7 +7,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from essl_nb.core.registry import EsslError
 from essl_nb.ligru.custom_op import explain_backend
 from essl_nb.ligru.layer import LiGRU, SLiGRU
-from essl_nb.mixers.scan import selective_scan
+from essl_nb.ops.scan import selective_scan
 
 T, D = 12, 3
 

@@ -103,7 +103,7 @@ print(json.dumps(said))
     said = json.loads(done.stdout)
     wrong = {k: v for k, v in said.items() if "pip install" not in v}
     assert not wrong, wrong
-    free = {"mixers", "models", "core", "data", "objectives", "train.loop", "train.config", "eval.probe", "eval.cost", "ligru.layer"}
+    free = {"mixers", "models", "core", "data", "objectives", "train.loop", "train.config", "probes.probe", "costs.cards", "ligru.layer"}
     held = [k for k in said if any(k == f"essl_nb.{f}" or k.startswith(f"essl_nb.{f}.") for f in free)]
     assert not held, f"a mixer, an encoder or a run needs an extra: {held}"
     assert {k.removeprefix("public ") for k in said if k.startswith("public ")} <= {"Study", "load_results", "pareto_front", "influence_map", "create_app"}

@@ -4,9 +4,9 @@ import torch
 
 from essl_nb.core.config import derive_seed
 from essl_nb.core.shapes import lengths_to_mask
-from essl_nb.core import pieces
+from essl_nb.ops import tiles
 from essl_nb.mixers.base import count_macs, list_mixers, mixers
-from essl_nb.core.pieces import by_pieces, in_pieces, piece_frames, sum_pieces
+from essl_nb.ops.tiles import by_pieces, in_pieces, piece_frames, sum_pieces
 from essl_nb.models.block import FeedForward, blocks
 
 D, LENGTHS = 16, (150, 97, 33, 1)
@@ -39,7 +39,7 @@ def agree(mix, padded, dtype, monkeypatch):
     "All at once with gradients, then in pieces without."
     x, mask = batch(padded, dtype)
     whole = mix(x, mask)[0].detach()
-    monkeypatch.setattr(pieces, "PIECE", 1)
+    monkeypatch.setattr(tiles, "PIECE", 1)
     with torch.no_grad():
         assert piece_frames(x, D) == 32
         got = mix(x, mask)[0]
@@ -79,7 +79,7 @@ def test_every_frame_gets_its_own_neighbours_and_its_own_second_half(past, futur
 
     run = lambda: in_pieces(after, x, mask, before=lambda part: (part, part), past=past, future=future, width=3)
     whole = run()
-    monkeypatch.setattr(pieces, "PIECE", 1)
+    monkeypatch.setattr(tiles, "PIECE", 1)
     with torch.no_grad():
         assert torch.equal(run(), whole)
 
@@ -90,7 +90,7 @@ def test_frames_stay_together_where_pieces_gain_nothing():
     with torch.no_grad():
         assert piece_frames(x.to("meta"), 64) == 10**5
         n = piece_frames(x, 64)
-        assert n <= pieces.PIECE // 64 and 0 <= -(10**5) % n < 20, "pieces are about equal"
+        assert n <= tiles.PIECE // 64 and 0 <= -(10**5) % n < 20, "pieces are about equal"
         assert piece_frames(x, 64, multiple=50) % 50 == 0 and piece_frames(x, 2**30) == 32 and piece_frames(x, 2**30, least=100) == 100
         assert piece_frames(x, 2048, FeedForward(512)) == piece_frames(x, 2048), "two matrices of a million numbers: a piece of half a million is enough"
         assert piece_frames(x, 4096, FeedForward(1024)) > 3 * piece_frames(x, 4096), "the larger the weights, the fewer the pieces"
@@ -109,13 +109,13 @@ def test_a_sum_of_halves_loses_no_digits_between_pieces():
 
 
 def test_the_feed_forward_part_takes_little_room_and_counts_the_same():
-    from essl_nb.eval.curves import allocated_peak
+    from essl_nb.costs.curves import allocated_peak
 
     ff = FeedForward(64).eval()
     x = torch.randn(1, 20000, 64)
     with torch.inference_mode():
         ff(x)
-        assert allocated_peak(lambda: ff(x)) < 1.2 * 4 * (x.numel() + 3 * pieces.PIECE)
+        assert allocated_peak(lambda: ff(x)) < 1.2 * 4 * (x.numel() + 3 * tiles.PIECE)
     assert count_macs(lambda: ff(x)) == 20000 * 2 * 4 * 64**2
 
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-import essl_nb.eval  # noqa: F401, registers the probes
+import essl_nb.probes  # noqa: F401, registers the probes
 from essl_nb.core.config import from_json, to_json
 from essl_nb.core.registry import EsslError, UnknownName
-from essl_nb.eval.finetune import Recogniser, augment, greedy, listen
-from essl_nb.eval.frames import Baseline, Frames, Source, duration_batches, open_encoder, statistics
-from essl_nb.eval.intervals import bootstrap_interval, paired_interval, ratio
-from essl_nb.eval.hidden import hidden_frames
-from essl_nb.eval.phones import edit_distance, few_labels, frame_labels, phone_errors, viterbi
-from essl_nb.eval.probe import LayerHead, Score, list_probes, probes, run_probe
-from essl_nb.eval.voices import balanced_units
+from essl_nb.probes.finetune import Recogniser, augment, greedy, listen
+from essl_nb.probes.frames import Baseline, Frames, Source, duration_batches, open_encoder, statistics
+from essl_nb.core.intervals import bootstrap_interval, paired_interval, ratio
+from essl_nb.probes.hidden import hidden_frames
+from essl_nb.probes.phones import edit_distance, few_labels, frame_labels, phone_errors, viterbi
+from essl_nb.probes.probe import LayerHead, Score, list_probes, probes, run_probe
+from essl_nb.probes.voices import balanced_units
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
@@ -358,17 +358,17 @@ def test_a_probe_of_ones_own(encoder):
 
 
 def test_command_says_units_and_imports_no_torch():
-    from essl_nb.eval.command import essl_probe
+    from essl_nb.probes.command import essl_probe
 
     assert all(word in getsource(essl_probe) for word in ("milliseconds", "95 %", "logmel:100", "minutes", "hour"))
-    code = "import sys, essl_nb.eval.command; print('torch' in sys.modules)"
+    code = "import sys, essl_nb.probes.command; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 def test_command_on_a_folder(tmp_path, monkeypatch, capsys):
     import soundfile
 
-    from essl_nb.eval.command import essl_probe
+    from essl_nb.probes.command import essl_probe
 
     rows, dice = ["id,path,language,voice,split"], np.random.default_rng(0)
     for i in range(16):

@@ -7,9 +7,9 @@ from test_probe import QUICK
 
 from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
-from essl_nb.eval.finetune import Recogniser, masked_batch, time_mask
-from essl_nb.eval.frames import Piece, Source
-from essl_nb.eval.probe import ask_baselines, run_probe
+from essl_nb.probes.finetune import Recogniser, masked_batch, time_mask
+from essl_nb.probes.frames import Piece, Source
+from essl_nb.probes.probe import ask_baselines, run_probe
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
@@ -130,7 +130,7 @@ def test_time_is_masked_where_samples_are_read(corpus):
 
 
 def test_a_crop_shorter_than_a_frame_is_refused(corpus):
-    from essl_nb.eval.frames import pooled
+    from essl_nb.probes.frames import pooled
 
     source = Source(wave_encoder("wav2vec2"), corpus.features(progress=False), precision="fp32")
     with pytest.raises(EsslError, match="shorter than a frame"):

@@ -11,7 +11,7 @@ from essl_nb.mixers.base import count_macs
 from essl_nb.mixers.checks import LargestTensor
 from essl_nb.mixers.mamba import Mamba, SelectiveSSM
 from essl_nb.mixers.recurrent import GRU, LSTM, Recurrent, reverse_within
-from essl_nb.mixers.scan import (chunk_frames, scan_backward_chunks, scan_forward_chunks, scan_forward_compiled, selective_scan,
+from essl_nb.ops.scan import (chunk_frames, scan_backward_chunks, scan_forward_chunks, scan_forward_compiled, selective_scan,
                                  selective_scan_reference)
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder

@@ -19,7 +19,7 @@ from essl_nb.core.files import append_line, read_lines
 from essl_nb.core.fresh import Fresh
 from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
-from essl_nb.eval.intervals import bootstrap_interval
+from essl_nb.core.intervals import bootstrap_interval
 from essl_nb.mixers.base import Mixer, list_mixers, mixers
 from essl_nb.objectives.objective import objectives
 from essl_nb.study.grid import grid_cells, key_of, read_grid

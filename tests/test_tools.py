@@ -125,7 +125,7 @@ def test_check_finds_what_is_out_of_step(tmp_path):
     module.write_text(module.read_text() + "# edited by hand\n")
     (tmp_path / "essl_nb/core/stray.py").write_text("")
     (tmp_path / "README.md").write_text("old")
-    notebook = tmp_path / "nbs/core/00_registry.ipynb"
+    notebook = tmp_path / "nbs/core/01_registry.ipynb"
     notebook.write_text(notebook.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
     found = "\n".join(check.differences(tmp_path))
     for part in ("00_registry.ipynb is not as nbdev-clean", "registry.py is not what its notebook exports", "stray.py comes from no notebook", "README.md is not what"):

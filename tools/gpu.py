@@ -84,7 +84,7 @@ def child(device: str) -> None:
     if device == "cuda":
         (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
     say(hello=whereabouts(device))
-    from essl_nb.eval.gpu_cases import KINDS, all_cases
+    from essl_nb.costs.gpu_cases import KINDS, all_cases
 
     for line in sys.stdin:
         asked, point = json.loads(line), None
@@ -123,8 +123,8 @@ def whereabouts(device: str) -> dict:
 
     import torch
 
-    from essl_nb.eval.machine import machine_record
-    from essl_nb.eval.measure import meter_of
+    from essl_nb.core.machine import machine_record
+    from essl_nb.costs.measure import meter_of
 
     found = {}
     for name in ("torch", "numba", "numba-cuda", "llvmlite", "triton", "nvidia-nvvm", "cuda-bindings", "numpy"):
@@ -172,11 +172,11 @@ def clean(device: str) -> None:
 
 def compiling() -> None:
     "For sm_90, without a GPU: every kernel that the cases ask for, and the seconds that the compiler takes."
-    from essl_nb.eval.gpu_cases import all_cases
-    from essl_nb.eval.gpu_kernels import gpu_code
-    from essl_nb.ligru.frames import backward_frame, forward_frame
-    from essl_nb.ligru.kernels import KERNELS, signature
-    from essl_nb.ligru.ptx import device_words, to_ptx
+    from essl_nb.costs.gpu_cases import all_cases
+    from essl_nb.costs.gpu_kernels import gpu_code
+    from essl_nb.ligru.gpu.graph import backward_frame, forward_frame
+    from essl_nb.ligru.gpu.persistent import KERNELS, signature
+    from essl_nb.ligru.gpu.ptx import device_words, to_ptx
 
     code, words, took = gpu_code(), device_words(), {}
     for c in all_cases("cuda", "ab"):

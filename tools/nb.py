@@ -1,9 +1,9 @@
 """Write, read, run and export notebooks from the shell, keeping cell ids stable.
 
-    python tools/nb.py write page.md nbs/core/00_registry.ipynb   # Markdown with ```python fences -> notebook
-    python tools/nb.py read  nbs/core/00_registry.ipynb           # notebook -> Markdown on stdout
-    python tools/nb.py run   nbs/core/00_registry.ipynb           # execute in place, store outputs
-    python tools/nb.py export nbs/core/00_registry.ipynb          # export one notebook to essl_nb/
+    python tools/nb.py write page.md nbs/core/01_registry.ipynb   # Markdown with ```python fences -> notebook
+    python tools/nb.py read  nbs/core/01_registry.ipynb           # notebook -> Markdown on stdout
+    python tools/nb.py run   nbs/core/01_registry.ipynb           # execute in place, store outputs
+    python tools/nb.py export nbs/core/01_registry.ipynb          # export one notebook to essl_nb/
 
 In the Markdown form a line `<!-- cell -->` parts two prose cells. `write` keeps the ids of cells that stay and the
 outputs of code that did not change; `run` stores outputs without this machine's paths, warnings and progress bars.

@@ -10,10 +10,10 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
-from essl_nb.ligru.gpu import A100, H100, plan, shared_bytes
-from essl_nb.ligru.frames import backward_frame, forward_frame
-from essl_nb.ligru.kernels import KERNELS, Form, report
-from essl_nb.ligru.ptx import find_ptxas
+from essl_nb.ligru.gpu.backend import A100, H100, plan, shared_bytes
+from essl_nb.ligru.gpu.graph import backward_frame, forward_frame
+from essl_nb.ligru.gpu.persistent import KERNELS, Form, report
+from essl_nb.ligru.gpu.ptx import find_ptxas
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,7 @@
     python tools/units.py --out results/units.jsonl  # rows that the file holds are not made again
 
 A row holds the score of `units` (ten minutes of train, the whole test split) beside the study's `masked_phones` of the same encoder.
-`nbs/eval/116_units.ipynb` shows the rows.
+`nbs/probes/07_units.ipynb` shows the rows.
 """
 import argparse
 import warnings
@@ -15,9 +15,9 @@ import torch
 from essl_nb.core.config import to_json
 from essl_nb.core.files import append_line, read_lines
 from essl_nb.data.corpus import load_corpus
-from essl_nb.eval.machine import library_versions, machine_record
-from essl_nb.eval.phones import phone_part
-from essl_nb.eval.probe import run_probe
+from essl_nb.core.machine import library_versions, machine_record
+from essl_nb.probes.phones import phone_part
+from essl_nb.probes.probe import run_probe
 
 ROOT = Path(__file__).resolve().parents[1]
 

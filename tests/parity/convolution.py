@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from essl_nb.core.shapes import lengths_to_mask
 from essl_nb.mixers.convnext_block import ConvNeXtBlock, ConvNeXtV2
-from essl_nb.mixers.efficientnet import FusedMBConv, MBConv, fold_batchnorm
+from essl_nb.mixers.mbconv import FusedMBConv, MBConv, fold_batchnorm
 
 from . import case, compare
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from essl_nb.core.shapes import lengths_to_mask
-from essl_nb.mixers.mlp_any import CMLP, FMLP, TSMLP
+from essl_nb.mixers.mlp_asr import CMLP, FMLP, TSMLP
 from essl_nb.mixers.mlp_mixer import MLPMixer
 
 from . import case, compare

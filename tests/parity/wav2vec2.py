@@ -2,7 +2,7 @@
 import torch
 
 from essl_nb.mixers.base import mixers
-from essl_nb.mixers.efficientnet import fold_batchnorm
+from essl_nb.mixers.mbconv import fold_batchnorm
 from essl_nb.models.block import PostNormBlock, TransformerBlock
 from essl_nb.models.encoder import ConvolutionalPosition, Encoder
 from essl_nb.models.sincnet import SincFilters

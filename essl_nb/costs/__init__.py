@@ -1,0 +1,1 @@
+"""What training and use cost: seconds, memory, multiplications, and how each grows."""
