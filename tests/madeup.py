@@ -6,8 +6,8 @@ import numpy as np
 
 from essl_nb.core.config import to_json
 from essl_nb.core.files import append_line, write_json
-from essl_nb.costs.curves import PASSES
 from essl_nb.core.intervals import ratio
+from essl_nb.costs.curves import PASSES
 from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder

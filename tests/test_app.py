@@ -13,8 +13,8 @@ import soundfile
 from madeup import make_curves, make_study
 
 from essl_nb.app.clips import UNKNOWN, Bounded, Visits, clip_choices, own_sound
-from essl_nb.app.explorer import create_app
 from essl_nb.app.curves import CurvesFile, curves_message, curves_table
+from essl_nb.app.explorer import create_app
 from essl_nb.app.shelf import Studies
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import list_mixers, mixers
@@ -24,8 +24,6 @@ FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --
          "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream").split()
 PATIENCE = 240_000  # ms; a loaded machine is slow
 
-
-# ---- without a browser ------------------------------------------------------------------------------------------
 
 def test_create_app_starts_nothing_and_keeps_to_itself():
     app = create_app()
@@ -137,8 +135,6 @@ def test_curves_of_an_unfinished_measurement_can_be_read(tmp_path):
     value, choices, values = curves_message(file, dict(quantity="nothing"), "no such mixer")
     assert values["width"] == 64 and len(choices["pass"]) == 1 and "<td>–</td>" in curves_table(file, list_mixers()[0])
 
-
-# ---- in a browser -----------------------------------------------------------------------------------------------
 
 def chromium() -> str | None:
     "Where a Chromium is."

@@ -7,10 +7,9 @@ from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import lengths_to_mask
 from essl_nb.mixers.base import influence, list_mixers, mixers
 from essl_nb.models.block import blocks
-from essl_nb.models.checkpoint import load_encoder
-from essl_nb.models.conformer import BranchformerBlock, ConformerBlock, ConvolutionModule, DepthwiseConv, GatedBranch
 from essl_nb.models.config import EncoderConfig
-from essl_nb.models.encoder import build_encoder
+from essl_nb.models.conformer import BranchformerBlock, ConformerBlock, ConvolutionModule, DepthwiseConv, GatedBranch
+from essl_nb.models.encoder import build_encoder, load_encoder
 
 BLOCKS = (ConformerBlock, BranchformerBlock)
 CONTROL = next(e.name for e in mixers if e.meta.get("control"))

@@ -20,9 +20,6 @@ def seeded():
         yield
 
 
-# ---- arguments
-
-
 @pytest.mark.parametrize("cls", [ConvNeXtBlock, ConvNeXtV2, MBConv, FusedMBConv, CMLP])
 def test_an_even_kernel_needs_the_causal_form(cls):
     with pytest.raises(EsslError, match="kernel=4 has no middle frame"):
@@ -48,9 +45,6 @@ def test_arguments_that_cannot_be_are_answered():
         FMLP(8, causal=True)
 
 
-# ---- one frame and kernel 1: nothing moves
-
-
 ONE_TAP = {ConvNeXtBlock: dict(kernel=1), MBConv: dict(kernel=1, squeeze=0), FusedMBConv: dict(kernel=1, squeeze=0), CMLP: dict(kernel=1), FMLP: dict(taps=1), MLPMixer: dict(crop=1, expand=4)}
 
 
@@ -58,9 +52,6 @@ ONE_TAP = {ConvNeXtBlock: dict(kernel=1), MBConv: dict(kernel=1, squeeze=0), Fus
 def test_one_tap_moves_nothing(cls):
     moved = cls(8, **ONE_TAP[cls]).double().influence(torch.randn(1, 9, 8, dtype=torch.float64), probes=None)[0]
     assert (moved.fill_diagonal_(0) < 1e-12).all()  # what a Fourier transform and its inverse leave is rounding
-
-
-# ---- ConvNeXt
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -91,9 +82,6 @@ def test_a_long_running_norm_keeps_its_digits_in_half_precision():
     assert torch.allclose(y[:, -1], y[:, 10], rtol=0.05, atol=0.02)
 
 
-# ---- EfficientNet
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_folded_batchnorm_is_the_batchnorm(dtype):
     norm = nn.BatchNorm1d(8).to(dtype)
@@ -109,9 +97,6 @@ def test_without_gates_the_kernel_is_the_reach(cls):
     assert (moved > 0).nonzero().flatten().tolist() == list(range(10, 15))
     assert (cls(8, kernel=5).influence(torch.randn(1, 30, 8), queries=[12], probes=None) > 0).all()
     assert "total" not in cls(8, kernel=5, squeeze=0, causal=True).init_state(1)
-
-
-# ---- MLPs
 
 
 def test_crops_do_not_meet():
@@ -144,9 +129,6 @@ def test_utterances_shorter_than_what_they_are_mixed_with():
     for mixer in (ConvNeXtBlock(16), ConvNeXtV2(16), MBConv(16), FusedMBConv(16), CMLP(16), TSMLP(16), FMLP(16), MLPMixer(16)):
         y = mixer.double()(x, mask)
         assert y.isfinite().all() and (y[~mask] == 0).all(), type(mixer).__name__
-
-
-# ---- costs
 
 
 def hand_counts(T, D):

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from essl_nb.core import machine
+from essl_nb.core.count import count_macs
 from essl_nb.core.precision import choose_precision
 from essl_nb.core.registry import EsslError
-from essl_nb.core import machine
 from essl_nb.costs import cards, measure
-from essl_nb.probes.finetune import fresh_copy
 from essl_nb.costs.macs import encoder_macs, parameter_count, training_macs
-from essl_nb.mixers.base import FAMILIES, Mixer, count_macs, list_mixers, mixers
+from essl_nb.mixers.base import FAMILIES, Mixer, list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import POSITION_GROUPS, POSITION_KERNEL, build_encoder
 from essl_nb.models.frontend import frontends
+from essl_nb.probes.finetune import fresh_copy
 
 BASE = cards.baseline_mixer()
 

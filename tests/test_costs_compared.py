@@ -7,17 +7,16 @@ import pandas as pd
 import pytest
 from madeup import make_curves, make_study
 
-from essl_nb.app.compare import BUDGETS, code_lines, compare_message, limits_of, points_csv
+from essl_nb.app.clips import Visits
+from essl_nb.app.compare import BUDGETS, compare_message, limits_of
 from essl_nb.app.curves import CurvesFile, curves_message
-from essl_nb.app.listen import Desk, Look, code, take_map
-from essl_nb.app.clips import Bounded, Visits, corpus_sound
+from essl_nb.app.listen import Desk
 from essl_nb.app.shelf import Shelf, Studies
 from essl_nb.core.files import append_line
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import list_mixers, mixers
-from essl_nb.study.machines import chosen_machine, even_times, machines_of, on_one_machine
-from essl_nb.study.results import cost_points, cost_table, draws_of, load_results, pareto_table, scores_of, tied_with_best
-from essl_nb.viz.curves import curve_figure
+from essl_nb.study.machines import chosen_machine, even_times, machines_of
+from essl_nb.study.results import cost_points, cost_table, draws_of, load_results, pareto_table, tied_with_best
 from essl_nb.viz.tradeoff import COSTS, cost_column, is_measured, limit_of, tradeoff_figure
 
 HERE, THERE = dict(cpu="here", vector="AVX512", cores=2), dict(cpu="there", vector="AVX2", cores=4)
@@ -131,8 +130,6 @@ def test_curves_of_two_machines_do_not_meet(tmp_path):
     assert names[3] not in drawn and len(drawn) >= 2 and (names[3] in d["caption"] or mixers.get(names[3]).meta.get("control"))
 
 
-# ---- the best ---------------------------------------------------------------------------------------------------
-
 def scores(**values):
     "Score rows over the same 40 utterances; the utterances differ much more than the encoders."
     dice = np.random.default_rng(0)
@@ -156,8 +153,6 @@ def test_other_utterances_cannot_be_told_apart():
     table.loc[0, "unit_ids_hash"] = "others"
     assert tied_with_best(draws_of(table)).tied.all() and tied_with_best({}).empty
 
-
-# ---- units, files and code --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, limit", [("50", 50e6), ("50 MB", 50e6), ("50MB", 50e6), ("0,05 GB", 50e6), ("51200 kB", 51.2e6)])
 def test_budgets_are_read_with_their_units(text, limit):

@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from essl_nb.core.files import append_line, read_lines
 from essl_nb.core.registry import EsslError, UnknownName
 from essl_nb.costs import cards, curves
-from essl_nb.costs.width import matched
 from essl_nb.costs.macs import encoder_macs, parameter_count
+from essl_nb.costs.width import matched
 from essl_nb.mixers.base import FAMILIES, Mixer, list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.viz.curves import QUANTITIES, curve_figure
@@ -51,8 +51,6 @@ def guests():
     mixers.remove("guest-broken")
 
 
-# ---- equal ------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", list_mixers())
 @pytest.mark.parametrize("what", ["parameters", "macs"])
 def test_no_neighbour_comes_nearer(name, what):
@@ -86,8 +84,6 @@ def test_equal_is_equal_to_itself_and_says_what_cannot_be():
         matched(EncoderConfig(without, depth=1), EncoderConfig(BASE, dim=4096, depth=24), "parameters")
 
 
-# ---- deployment cards of mixers with a longest utterance --------------------------------------------------------
-
 def test_a_card_leaves_out_what_the_mixer_cannot_take(guests):
     card = cards.deployment_cost(EncoderConfig(guests[0], dim=32, depth=1), seconds=(1, 2, 40, 80), repeats=1)
     assert [p["seconds"] for p in card["points"]] == [1, 2] and card["protocol"]["left_out_seconds"] == [40, 80]
@@ -95,8 +91,6 @@ def test_a_card_leaves_out_what_the_mixer_cannot_take(guests):
     with pytest.raises(EsslError, match="take up to 2 s"):
         cards.deployment_cost(EncoderConfig(guests[0], dim=32, depth=1), seconds=(40, 80))
 
-
-# ---- measuring --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("which", curves.PASSES)
 @pytest.mark.parametrize("name", list_mixers())
@@ -188,8 +182,6 @@ def test_the_command_measures_and_answers(tmp_path, capsys):
     with pytest.raises(UnknownName):
         curves.cost_curves(file, names=["no-such"])
 
-
-# ---- tables and figures -----------------------------------------------------------------------------------------
 
 def made(name, family, times, memory, seconds=(10.0, 20.0, 40.0, 80.0)):
     s = np.array(seconds)

@@ -35,9 +35,6 @@ def bundled():
     return load_corpus("bundled")
 
 
-# --- audio ---
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("rate, channels", [(16000, 1), (8000, 1), (48000, 2)])
 def test_any_format_rate_and_channels(tmp_path, suffix, rate, channels):
@@ -132,9 +129,6 @@ def test_log_mel_in_pieces_and_under_autocast():
     assert log_mel_long(wav[:100]).shape == (0, 80)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(log_mel(wav[None])[0][0], whole)
-
-
-# --- corpus ---
 
 
 def test_bundled_corpus(bundled):
@@ -250,9 +244,6 @@ def test_essl_corpus_variable(tmp_path, monkeypatch):
         assert len(load_corpus()) == 1
 
 
-# --- features ---
-
-
 @pytest.fixture
 def folder(tmp_path, cache):
     (tmp_path / "sound").mkdir()
@@ -321,9 +312,6 @@ def test_a_killed_computation_leaves_nothing_whole(folder, tmp_path, cache):
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 9 and not list((cache / "features").glob("*.json"))
     assert len(load_corpus(folder).features(progress=False)) == 6
-
-
-# --- batches ---
 
 
 def clock_items(n=80, longest=900, seed=0):

@@ -115,8 +115,6 @@ def said_by(answers: list) -> str:
     return json.dumps(answers, ensure_ascii=False)
 
 
-# ---- who is answered --------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/info", "/gradio_api/upload", "/gradio_api/queue/join"])
 @pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Host": "evil.example", "Origin": "http://evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"},
                                      {"Origin": "http://localhost:1"}, {"Host": "127.0.0.1.evil.example"}], ids=str)
@@ -145,8 +143,6 @@ def test_what_the_page_never_asks_for_is_not_there(server):
 def test_a_served_page_answers_under_its_own_name():
     assert refusal(dict(host="my.space")) and not refusal(dict(host="[::1]:7860", origin="http://[::1]:7860"))
 
-
-# ---- what is taken ----------------------------------------------------------------------------------------------
 
 def test_an_upload_is_read_once_and_gone(server, tmp_path):
     address, tmp = server
@@ -231,8 +227,6 @@ def test_what_nobody_reads_is_swept(tmp_path):
     assert not list(tmp_path.rglob("*.wav")) and uploads.lying() == 0
 
 
-# ---- what is left behind ----------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_no_upload_outlives_the_process_for_long(made, tmp_path, how):
     "Ctrl-C and SIGTERM take the folder along; after a kill the next start does."
@@ -251,8 +245,6 @@ def test_no_upload_outlives_the_process_for_long(made, tmp_path, how):
     assert not folder.exists()
 
 
-# ---- broken neighbours, broken lines ----------------------------------------------------------------------------
-
 def test_a_broken_neighbour_is_named_and_the_page_lives(server):
     with client(server[0]) as c:
         for _ in range(TOO_LONG):  # until the first views, and so the lists' choices, stand in the page itself
@@ -269,8 +261,6 @@ def test_a_broken_neighbour_is_named_and_the_page_lives(server):
             assert words in (got := ask(name)), (name, got[:500])
         assert "highest" in ask("opened"), "and the page goes on"
 
-
-# ---- proxies and ports ------------------------------------------------------------------------------------------
 
 def test_a_proxy_is_not_asked_for_loopback(made, tmp_path):
     proxy = {k: "http://127.0.0.1:9" for k in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")} | dict(NO_PROXY="", no_proxy="")

@@ -9,9 +9,8 @@ from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import lengths_to_mask
 from essl_nb.costs.macs import encoder_macs
 from essl_nb.mixers.base import mixers
-from essl_nb.models.checkpoint import load_encoder
 from essl_nb.models.config import EncoderConfig
-from essl_nb.models.encoder import build_encoder
+from essl_nb.models.encoder import build_encoder, load_encoder
 from essl_nb.models.frontend import LogMelFrontend, frontends
 from essl_nb.models.sincnet import SincFilters, SincNetFrontend
 from essl_nb.models.spectrogram import EfficientNetFrontend
@@ -200,8 +199,6 @@ def test_sinc_filters_stay_in_order_whatever_is_learnt():
     low, high = sinc.cutoffs()
     assert (low >= 30).all() and (high - low >= 50 - 1e-2).all() and (high <= 8000).all() and sinc.weight().isfinite().all()
 
-
-# ---- published models -------------------------------------------------------------------------------------------
 
 def published(**kw):
     from torchaudio.models import wav2vec2_model

@@ -65,8 +65,6 @@ def card(monkeypatch):
     return found
 
 
-# ---- the meter ------------------------------------------------------------------------------------------------------
-
 def test_a_call_is_timed_between_two_events_in_the_gpus_queue():
     card = Card()
 
@@ -130,8 +128,6 @@ def test_rows_of_two_cards_do_not_share_a_file(tmp_path, card):
     assert len(curves.known_points(file, {"gpu": "Another Card"})) == 1
 
 
-# ---- what was measured before ---------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("study", [p.parent.name for p in sorted((ROOT / "results").glob("*/grid.json"))])
 def test_stored_costs_are_found_under_their_keys(study):
     from essl_nb.study.grid import grid_cells, key_of, read_grid
@@ -152,8 +148,6 @@ def test_stored_curves_are_found_under_their_points():
     assert {(n, *curves.points()[0]) for n in list_mixers()} <= measured
     assert {curves.whose(r["made"]["machine"]) for r in rows if "made" in r} == {r["made"]["machine"]["cpu"] for r in rows if "made" in r}
 
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
 
 def test_every_kind_of_kernel_and_every_mixer_is_asked_for():
     cases = all_cases("cuda")
@@ -218,8 +212,6 @@ def test_a_contestant_that_fails_leaves_a_row_and_the_rest_is_timed(monkeypatch)
     left = KINDS["recurrent"](dict(case, without=["LSTM"]), "cpu")(case["points"][0])
     assert "LSTM" not in {r["name"] for r in left}
 
-
-# ---- children -------------------------------------------------------------------------------------------------------
 
 CHILD = """
 import json, os, sys, time

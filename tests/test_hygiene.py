@@ -48,8 +48,6 @@ def test_modules_and_readme_are_what_the_notebooks_make():
     assert not found, "\n".join([*found, "To mend: make export"])
 
 
-# ---- notebooks --------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("path", NOTEBOOKS, **ids)
 def test_notebook_is_small_and_stored_cleanly(path):
     nb = json.loads((ROOT / path).read_text(encoding="utf-8"))
@@ -93,12 +91,49 @@ def test_source_notebook_asserts_and_is_where_its_name_says(path):
     assert asserts, "a source notebook asserts what its reader should believe"
     name = re.search(r"^#\|\s*default_exp\s+(\S+)", code, re.M)
     assert name, "the first cell names the module: #| default_exp folder.name"
-    assert name[1] == f"{path.parts[1]}.{re.sub(r'^[0-9]+_', '', path.stem)}", f"{path} exports {name[1]}: folder = subpackage, name without number = module"
+    assert name[1] == ".".join([*path.parts[1:-1], re.sub(r"^[0-9]+_", "", path.stem)]), f"{path} exports {name[1]}: folder = subpackage, name without number = module"
 
 
-def test_notebook_numbers_are_unique():
-    numbers = [p.name.split("_")[0] for p in NOTEBOOKS if p.parts[:1] == ("nbs",) and p.parts[1] != "tutorials"]
-    assert sorted(set(numbers)) == sorted(numbers)
+FOLDERS = check.folders(ROOT)
+PLACES = {module: place for place, module in enumerate((folder, path.stem) for folder in FOLDERS for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb")))}
+
+
+def test_pages_are_numbered_from_one_in_every_folder_and_design_orders_all_folders():
+    found = {p.parent.relative_to("nbs").as_posix() for p in NOTEBOOKS if p.parts[0] == "nbs"} - {"tutorials", "."}
+    assert found == set(FOLDERS), "docs/design.md has one row for each folder, in reading order"
+    for folder in FOLDERS:
+        numbers = [int(p.name.split("_")[0]) for p in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
+        assert numbers == [*range(1, len(numbers) + 1)], f"nbs/{folder} counts {numbers}; `python tools/nb.py number {folder}` closes gaps"
+
+
+def imported(path) -> set:
+    "Modules of the package that a module takes names from, in the first lines or anywhere in it, such as core.registry."
+    package, found = path.parent.parts, set()
+    known = {".".join(p.with_suffix("").parts) for p in MODULES}
+    for n in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(n, ast.ImportFrom):
+            home = ".".join([*(package[: len(package) - n.level + 1] if n.level else ()), *([n.module] if n.module else [])])
+            found |= {whole if (whole := f"{home}.{a.name}") in known else home for a in n.names}
+    return {m for m in found if m in known}
+
+
+@pytest.mark.parametrize("path", MODULES, **ids)
+def test_no_import_leads_to_a_later_page_or_folder(path):
+    place = {}
+    for folder, stem in PLACES:
+        place[".".join(["essl_nb", *folder.split("/"), stem.split("_", 1)[1]])] = PLACES[folder, stem]
+    here = ".".join(path.with_suffix("").parts)
+    later = sorted(m for m in imported(path) if place[m] >= place[here])
+    assert not later, f"{here} imports {', '.join(later)}, which a reader meets later: move what they share down, or the page up (docs/design.md, Folders)"
+
+
+def test_a_folder_has_one_class_of_a_name():
+    homes = {}
+    for path in MODULES:
+        for n in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+            if isinstance(n, ast.ClassDef):
+                homes.setdefault((path.parent.as_posix(), n.name), []).append(path.name)
+    assert not (double := {k: v for k, v in homes.items() if len(v) > 1}), double
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "tutorials" in p.parts], **ids)
@@ -111,8 +146,6 @@ def test_tutorial_uses_the_public_package_only(path):
                     private = [a.name for a in n.names if a.name.startswith("_")]
                     assert not private, f"a tutorial imports {private}"
 
-
-# ---- modules ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", MODULES, **ids)
 def test_module_is_short_and_imports_by_name(path):
@@ -136,8 +169,6 @@ def test_nothing_unpickles(path):
             safe = own or said.get("weights_only") == "True" or (ast.unparse(n.func) in ("np.load", "numpy.load") and said.get("allow_pickle", "False") == "False")
             assert safe, f"{path}:{n.lineno}: {ast.unparse(n)} may run what it reads; use safetensors or JSON"
 
-
-# ---- a mixer is named in one place ------------------------------------------------------------------------------
 
 # These names are words that other things bear too (a family, a method): they count only where a mixer is meant.
 WORDS = {"attention", "summary", "none", "window", "recurrent", "scan", "hyper", "ligru", "sligru"}
@@ -218,8 +249,6 @@ def test_no_mixer_is_named_outside_its_folder(path):
     assert not found, f"{path} names a mixer ({'; '.join(found)}); take it from list_mixers() or from the study's configuration"
 
 
-# ---- links ------------------------------------------------------------------------------------------------------
-
 def prose(path) -> str:
     if path.suffix == ".md":
         text = (ROOT / path).read_text(encoding="utf-8")
@@ -237,8 +266,6 @@ def test_links_within_the_repository_lead_somewhere(path):
     broken = [t for t in targets if not re.match(r"\w+:", t) and not (ROOT / path).parent.joinpath(t).exists()]
     assert not broken, f"{path} links to {', '.join(broken)}"
 
-
-# ---- what must not be in the repository -------------------------------------------------------------------------
 
 def tracked() -> list[Path]:
     out = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -159,8 +159,6 @@ def test_imports_are_followed_by_every_spelling(package):
     assert set(jit.own_sources("loopy.every")) == {"loopy", "loopy.every", "loopy.apart", "loopy.constants", "loopy.formulas"}
 
 
-# ---- without a compiler -----------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("prepare, env, reason", [
     ("", {"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT"),
     ("import sys; sys.modules['numba'] = None", {}, "cannot be imported"),

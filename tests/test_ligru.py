@@ -9,8 +9,8 @@ import essl_nb.ligru.custom_op as operator
 from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import turned, turning
 from essl_nb.ligru.cell import ACTIVATIONS, CELLS, BatchNorm, Norm, drop_mask, recurrence
-from essl_nb.ligru.layer import LiGRU, SLiGRU
 from essl_nb.ligru.custom_op import explain_backend, light_operator, light_recurrence
+from essl_nb.ligru.layer import LiGRU, SLiGRU
 
 KINDS = (LiGRU, SLiGRU)
 both_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
@@ -47,8 +47,6 @@ def norm_for(wx, own, lengths=None):
 def near(a, b, tolerance=1e-12):
     return (a - b).abs().max() <= tolerance * (1 + b.abs().max()) if a.numel() else a.shape == b.shape
 
-
-# ---- the operator -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "remade"])
@@ -198,8 +196,6 @@ def test_operator_refuses(change, said):
     with pytest.raises(EsslError, match=said):
         light_recurrence(**kw)
 
-
-# ---- the layers -------------------------------------------------------------------------------------------------
 
 SHAPES = [dict(), dict(num_layers=3), dict(bidirectional=True), dict(num_layers=2, bidirectional=True), dict(num_layers=2, bidirectional=True, shared_directions=True)]
 
@@ -371,8 +367,6 @@ def test_turning_twice_is_not_turning():
     assert torch.equal(turned(y, rows), x) and torch.equal(y[2, :4], x[2, :4].flip(0)) and torch.equal(y[2, 4:], x[2, 4:])
     assert torch.equal(turned(x, turning(torch.full((4,), 9), 9)), turned(x, turning(None, 9)))
 
-
-# ---- bad input --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kw, said", [
     (dict(input_size=0), "input_size=0"), (dict(hidden_size=-1), "hidden_size"), (dict(num_layers=1.5), "num_layers"), (dict(threads=0), "threads"),

@@ -94,9 +94,6 @@ def test_nothing_measured_is_said(tmp_path):
         b.load_bench(tmp_path / "rows.jsonl")
 
 
-# ------------------------------------------------------------------------------------------------ the recogniser
-
-
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("count", [3_000, 400_000])
 def test_units_are_solved(cell, count):

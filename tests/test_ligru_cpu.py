@@ -198,7 +198,7 @@ def assembly_on(triple, features, arguments, write, monkeypatch):
         target = binding.Target.from_triple(triple)
     except RuntimeError:
         pytest.skip(f"this LLVM has no {triple}")
-    monkeypatch.setattr(vectors, "VECTOR", {"+neon": 16, "+avx2,+fma": 32, "+avx512f": 64}[features])
+    monkeypatch.setattr(product, "VECTOR", {"+neon": 16, "+avx2,+fma": 32, "+avx512f": 64}[features])
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "tested")
     builder = ir.IRBuilder(function.append_basic_block())

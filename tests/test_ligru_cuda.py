@@ -99,8 +99,6 @@ def shaped(monkeypatch):
     return shape
 
 
-# ---- the simulator ----------------------------------------------------------------------------------------------
-
 def test_the_simulator_rounds_as_bfloat16_does():
     x = torch.cat([torch.randn(200), 1 + torch.arange(64) / 512, torch.tensor([0.0, -0.0, 3e38, 1e-40])]).view(-1, 2)
     words = torch.tensor([int(cudasim.pack(*row)) for row in x.numpy()], dtype=torch.int32)
@@ -132,8 +130,6 @@ def test_the_order_of_threads_does_not_matter(shaped):
     for other in others:
         assert torch.equal(first[0], other[0]) and all(torch.equal(a, b) for a, b in zip(first[2], other[2]))
 
-
-# ---- the kernels in it ------------------------------------------------------------------------------------------
 
 SHAPES = { # hidden, batch, frames, directions, warps, tiles, tiles of utterances at once
     "one_block": (8, 2, 3, 1, 2, 1, 99), "ragged": (21, 11, 4, 1, 2, 1, 99), "two_ways": (17, 3, 3, 2, 2, 1, 99),
@@ -327,8 +323,6 @@ def test_every_weight_is_held_once():
             assert numbers[numbers > 0].float().sort().values.tolist() == u.flatten().sort().values.tolist()
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------
-
 def test_no_gpu_and_wrong_input_are_said():
     x = problem(8, 2, 3)
     with pytest.raises(EsslError, match="run on 'cuda' only"):
@@ -342,8 +336,6 @@ def test_no_gpu_and_wrong_input_are_said():
     with pytest.raises(EsslError, match="allowed: 'relu'"):
         cuda.forward(x.wx, x.u, x.h0, activation="gelu", engine=engine)
 
-
-# ---- on a GPU ---------------------------------------------------------------------------------------------------
 
 def distance(a, b):
     return float((a - b).norm() / b.norm())

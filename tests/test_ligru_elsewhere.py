@@ -14,7 +14,6 @@ from essl_nb.core.registry import EsslError
 from essl_nb.ligru.cell import drop_mask
 from essl_nb.ligru.layer import LiGRU, SLiGRU
 
-# ---- SpeechBrain ------------------------------------------------------------------------------------------------
 
 def theirs_of(kind, norm="batchnorm", both=True, layers=2, dtype=torch.float64, **kw):
     rnn = pytest.importorskip("speechbrain.nnet.RNN")
@@ -302,8 +301,6 @@ def test_pytorch_kaldis_equations_give_the_same(monkeypatch):
     mine.square().sum().backward()
     assert near(way.w.weight.grad, torch.cat([w.grad for w in weights[:2]])) and near(way.u.grad, torch.cat([w.grad for w in weights[2:]]))
 
-
-# ---- ONNX -------------------------------------------------------------------------------------------------------
 
 ONNX = [dict(), dict(num_layers=2, bidirectional=True), dict(bidirectional=True, shared_directions=True, batch_first=False), dict(normalization="none", activation="tanh"),
         dict(normalization="layer", activation="sine", num_layers=2), dict(activation="leaky_relu")]

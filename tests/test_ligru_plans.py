@@ -28,8 +28,6 @@ def fresh_plans():
     cuda.plan_on.cache_clear()
 
 
-# ---- the plan ---------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("limits", [A100, H100], ids=lambda l: l.name)
 def test_blocks_of_a_plan_fit_at_once(limits):
     for H in (8, 100, 256, 512, 768, 1024, 2048):
@@ -93,8 +91,6 @@ except ValueError as e: print(e)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "pip install 'essl_nb[cuda]'" in done.stdout, done.stderr
 
-
-# ---- the assembler ----------------------------------------------------------------------------------------------
 
 CLEAN = dict(spills=0, stack=0, float64=0, calls=0)
 

@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from essl_nb.core.count import count_macs
 from essl_nb.core.registry import EsslError, UnknownName
 from essl_nb.core.shapes import lengths_to_mask, masked_mean, zero_pads
 from essl_nb.mixers.attention import Attention, rotate
-from essl_nb.mixers.base import Mixer, build_mixer, count_macs, influence, list_mixers, mixers
+from essl_nb.mixers.base import Mixer, build_mixer, influence, list_mixers, mixers
 from essl_nb.mixers.checks import MIXER_CHECKS, BrokenContract, LargestTensor, check_mixer, small_batch, small_mixer
-from essl_nb.mixers.convnext import ConvNeXt, depthwise
+from essl_nb.mixers.convnext import ConvNeXt
 from essl_nb.mixers.fnet import FNet
 from essl_nb.mixers.none import NoMixing
 from essl_nb.mixers.summary import Summary
+from essl_nb.ops.temporal import depthwise
 
 
 @pytest.fixture
@@ -42,9 +44,6 @@ def registering():
     yield register
     for name in added:
         mixers.remove(name)
-
-
-# ---- the battery
 
 
 @pytest.mark.parametrize("check", MIXER_CHECKS)
@@ -156,9 +155,6 @@ def test_a_quadratic_claim_needs_a_quadratic_term(registering):
         check_mixer("broken")
 
 
-# ---- names and arguments
-
-
 def test_names_and_arguments_are_answered():
     name = Attention.registered_name
     with pytest.raises(UnknownName, match=f"did you mean '{name}'"):
@@ -183,9 +179,6 @@ def test_no_heads_at_all_are_refused_in_words():
         if "num_heads" in entry.meta.get("tiny", {}):
             with pytest.raises(EsslError, match="num_heads=0"):
                 entry.obj(16, num_heads=0)
-
-
-# ---- attention
 
 
 def by_hand(attention, x, mask=None):
@@ -267,17 +260,11 @@ def test_attention_stores_nothing_quadratic(case):
     assert seen.numel <= 2 * T * 3 * 8, f"a tensor of {seen.numel} numbers for {T} frames"
 
 
-# ---- fnet
-
-
 def test_fnet_is_the_double_sum():
     x, (T, D) = torch.randn(1, 7, 6, dtype=torch.float64), (7, 6)
     t, d = torch.arange(T, dtype=torch.float64), torch.arange(D, dtype=torch.float64)
     angle = 2 * math.pi * ((t[:, None, None, None] * t[None, None, :, None] / T) + (d[None, :, None, None] * d[None, None, None, :] / D))
     assert torch.allclose(FNet(D)(x)[0], (angle.cos() * x[0]).sum((2, 3)) / math.sqrt(T * D))
-
-
-# ---- convnext
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -314,9 +301,6 @@ def test_convnext_is_the_equation(draw):
     assert torch.allclose(mixer(x)[0], mixer.outer(F.gelu(y)))
 
 
-# ---- summary and none
-
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_summary_is_the_equation(causal):
     mixer = Summary(16, causal=causal).double()
@@ -338,9 +322,6 @@ def test_a_long_running_mean_keeps_its_digits_in_half_precision():
 def test_none_moves_nothing(draw):
     moved = NoMixing(8).influence(torch.randn(1, 9, 8, generator=draw), probes=None)[0]
     assert (moved.fill_diagonal_(0) == 0).all()
-
-
-# ---- what the base class supplies
 
 
 @pytest.mark.parametrize("name", list_mixers())

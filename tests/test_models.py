@@ -8,9 +8,8 @@ from essl_nb.core.config import from_json, to_json
 from essl_nb.core.registry import EsslError, UnknownName
 from essl_nb.core.shapes import lengths_to_mask
 from essl_nb.mixers.base import list_mixers, mixers
-from essl_nb.models.checkpoint import load_encoder
 from essl_nb.models.config import SIZES, EncoderConfig, named_config
-from essl_nb.models.encoder import build_encoder
+from essl_nb.models.encoder import build_encoder, load_encoder
 
 NAMES = list_mixers()
 

@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import check
+
 HEAVY = ["torch", "numpy", "pandas", "plotly.graph_objects", "nbdev.test", "execnb.shell"]
 SECONDS = 900  # for one notebook on a busy machine; alone, about 20 are the rule
 
 
 def notebooks() -> list[Path]:
     "All notebooks with code to run, reading order, index.ipynb first."
-    found = [p for p in ROOT.glob("nbs/**/*.ipynb") if not p.is_symlink() and not any(q.startswith((".", "_")) for q in p.relative_to(ROOT).parts)]
-    return [ROOT / "index.ipynb", *sorted(found, key=lambda p: p.name)]
+    folders = ["tutorials", *check.folders(ROOT)]
+    found = [ROOT / p for p in check.notebooks(ROOT) if p.parts[0] == "nbs"]
+    return [ROOT / "index.ipynb", *sorted(found, key=lambda p: (folders.index(p.parent.relative_to(ROOT / "nbs").as_posix()), p.name))]
 
 
 def run_notebook(path: str, force: list, log: str, answer):

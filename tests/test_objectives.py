@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError, UnknownName
-from essl_nb.objectives.bestrq import quantise, quantise_naive, quantiser_memory, random_quantiser
-from essl_nb.objectives.health import agreement, code_usage, collapsed, effective_rank, health_of, is_collapsed, rankme
+from essl_nb.costs.quantiser import quantiser_memory
+from essl_nb.objectives.bestrq import quantise, quantise_naive, random_quantiser
 from essl_nb.objectives.clusters import Clusters, normalise_utterance
+from essl_nb.objectives.health import agreement, code_usage, collapsed, effective_rank, health_of, is_collapsed, rankme
 from essl_nb.objectives.objective import (accuracy, build_objective, centres, draw_share, list_objectives, mean_cross_entropy,
                                    mean_squared_error, objectives, one_thread, sample_frames, stack_context)
 from essl_nb.objectives.spans import SpanConfig, draw_spans, realised_share, start_prob_for

@@ -109,8 +109,6 @@ print(json.dumps(said))
     assert {k.removeprefix("public ") for k in said if k.startswith("public ")} <= {"Study", "load_results", "pareto_front", "influence_map", "create_app"}
 
 
-# ---- names with types -------------------------------------------------------------------------------------------
-
 def test_checkers_see_every_public_name_where_it_is():
     tree = ast.parse((ROOT / "essl_nb/__init__.py").read_text(encoding="utf-8"))
     block = next(n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))
@@ -118,8 +116,6 @@ def test_checkers_see_every_public_name_where_it_is():
     assert seen == essl_nb._HOME
     assert (ROOT / "essl_nb/py.typed").is_file()
 
-
-# ---- what a wheel carries ---------------------------------------------------------------------------------------
 
 def test_a_wheel_carries_a_study_and_its_encoders(tmp_path):
     sys.path.insert(0, str(ROOT / "tools"))

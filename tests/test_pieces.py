@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from essl_nb.core.config import derive_seed
+from essl_nb.core.count import count_macs
 from essl_nb.core.shapes import lengths_to_mask
-from essl_nb.ops import tiles
-from essl_nb.mixers.base import count_macs, list_mixers, mixers
-from essl_nb.ops.tiles import by_pieces, in_pieces, piece_frames, sum_pieces
+from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.block import FeedForward, blocks
+from essl_nb.ops import tiles
+from essl_nb.ops.tiles import by_pieces, in_pieces, piece_frames, sum_pieces
 
 D, LENGTHS = 16, (150, 97, 33, 1)
 FORMS = [(name, causal) for name in list_mixers() for causal in (False, True) if not causal or mixers.get(name).obj.can_be_causal]
@@ -109,7 +110,7 @@ def test_a_sum_of_halves_loses_no_digits_between_pieces():
 
 
 def test_the_feed_forward_part_takes_little_room_and_counts_the_same():
-    from essl_nb.costs.curves import allocated_peak
+    from essl_nb.core.memory import allocated_peak
 
     ff = FeedForward(64).eval()
     x = torch.randn(1, 20000, 64)

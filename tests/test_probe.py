@@ -13,17 +13,18 @@ import torch
 
 import essl_nb.probes  # noqa: F401, registers the probes
 from essl_nb.core.config import from_json, to_json
-from essl_nb.core.registry import EsslError, UnknownName
-from essl_nb.probes.finetune import Recogniser, augment, greedy, listen
-from essl_nb.probes.frames import Baseline, Frames, Source, duration_batches, open_encoder, statistics
 from essl_nb.core.intervals import bootstrap_interval, paired_interval, ratio
-from essl_nb.probes.hidden import hidden_frames
-from essl_nb.probes.phones import edit_distance, few_labels, frame_labels, phone_errors, viterbi
-from essl_nb.probes.probe import LayerHead, Score, list_probes, probes, run_probe
-from essl_nb.probes.voices import balanced_units
+from essl_nb.core.registry import EsslError, UnknownName
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
+from essl_nb.probes.finetune import Recogniser, augment, greedy, listen
+from essl_nb.probes.frames import Baseline, Frames, Source, duration_batches, open_encoder, statistics
+from essl_nb.probes.heads import LayerHead
+from essl_nb.probes.hidden import hidden_frames
+from essl_nb.probes.phones import edit_distance, few_labels, frame_labels, phone_errors, viterbi
+from essl_nb.probes.probe import Score, list_probes, probes, run_probe
+from essl_nb.probes.voices import balanced_units
 
 PHONES = "abcd"
 QUICK = {

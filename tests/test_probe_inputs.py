@@ -8,14 +8,14 @@ import pytest
 import torch
 from test_probe import QUICK, Oracle, Store, Toy, probe
 
-from essl_nb.core.registry import EsslError
-from essl_nb.probes.finetune import Diverged, Recipe, Recogniser, ctc, ctc_weights, fit, frames_needed, listen
-from essl_nb.probes.frames import Baseline, Source, at_rest
 from essl_nb.core.intervals import bootstrap_interval, paired_interval, percentiles, ratio
-from essl_nb.probes.probe import ask_baselines, probes, run_probe
+from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
+from essl_nb.probes.finetune import Diverged, Recipe, Recogniser, ctc, ctc_weights, fit, frames_needed, listen
+from essl_nb.probes.frames import Baseline, Source, at_rest
+from essl_nb.probes.probe import ask_baselines, probes, run_probe
 
 
 def toy_for(name):

@@ -7,13 +7,13 @@ from test_probe import QUICK
 
 from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
-from essl_nb.probes.finetune import Recogniser, masked_batch, time_mask
-from essl_nb.probes.frames import Piece, Source
-from essl_nb.probes.probe import ask_baselines, run_probe
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
 from essl_nb.models.frontend import frontends
+from essl_nb.probes.finetune import Recogniser, masked_batch, time_mask
+from essl_nb.probes.frames import Piece, Source
+from essl_nb.probes.probe import ask_baselines, run_probe
 
 WAVES = [e.name for e in frontends if not e.obj.stored]
 SMALL = {"wav2vec2": dict(channels=16)}

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from essl_nb.core.count import count_macs
 from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import lengths_to_mask
-from essl_nb.mixers.base import count_macs
 from essl_nb.mixers.checks import LargestTensor
 from essl_nb.mixers.mamba import Mamba, SelectiveSSM
-from essl_nb.mixers.recurrent import GRU, LSTM, Recurrent, reverse_within
+from essl_nb.mixers.recurrent import GRU, LSTM, Recurrent
+from essl_nb.ops.temporal import reverse_within
 from essl_nb.ops.scan import (chunk_frames, scan_backward_chunks, scan_forward_chunks, scan_forward_compiled, selective_scan,
                                  selective_scan_reference)
 from essl_nb.models.config import EncoderConfig

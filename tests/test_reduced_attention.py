@@ -11,7 +11,8 @@ from essl_nb.mixers.attention import Attention
 from essl_nb.mixers.checks import LargestTensor, frames_of, gradients, same, small_batch
 from essl_nb.mixers.luna import Luna, running_attention
 from essl_nb.mixers.relpos import RelPos, encodings, shift
-from essl_nb.mixers.window import Window, attend, neighbours
+from essl_nb.mixers.window import Window, neighbours
+from essl_nb.ops.temporal import attend
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +29,6 @@ def in_steps(mixer, x, sizes):
         y, state = mixer.step(some, state)
         out.append(y)
     return torch.cat(out, 1), state
-
-
-# ---- window
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -125,9 +123,6 @@ def test_attend_keeps_the_type_and_the_exactness_of_float32():
     same(y.double(), exact, "bfloat16", 2**-8)
 
 
-# ---- relative positions
-
-
 @pytest.mark.parametrize("Q, S, P", [(4, 4, 8), (4, 4, 5), (1, 1, 2), (1, 6, 7), (3, 6, 9)])
 def test_shift_lines_distances_up_with_keys(Q, S, P):
     distances = torch.arange(S - 1, S - 1 - P, -1).expand(2, 3, Q, P).contiguous()
@@ -184,9 +179,6 @@ def test_only_relative_distance_matters():
 def test_relpos_answers_wrong_arguments():
     with pytest.raises(EsslError, match="does not fit"):
         RelPos(16, num_heads=3)
-
-
-# ---- luna
 
 
 @pytest.mark.parametrize("T, chunk", [(1, 4), (4, 4), (5, 4), (21, 4), (21, 1), (21, 32), (70, 32)])

@@ -21,9 +21,6 @@ def seeded():
         yield
 
 
-# ---- the running softmax
-
-
 def running(a, v, **options):
     B, H, _, K = v.shape
     return running_softmax(a, v, a.new_full((B, H), -torch.inf), v.new_zeros(B, H, K + 1), **options)
@@ -63,9 +60,6 @@ def test_a_running_softmax_keeps_its_digits_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = running(a, v)[0]
     assert y.dtype == torch.float32 and torch.allclose(y, by_hand(a, v), atol=1e-5)
-
-
-# ---- linformer
 
 
 def test_a_learnt_projection_says_how_long_it_is_and_what_has_no_longest_length():
@@ -117,9 +111,6 @@ def test_pooling_an_utterance_shorter_than_the_slots(length):
     same(mixer(x, mask)[1, :length], mixer(x[1:, :length])[0], "alone and in the batch")
 
 
-# ---- maps
-
-
 @pytest.mark.parametrize("mixer", [Linformer(16, num_heads=2, rank=4), LinformerPooled(16, num_heads=2, rank=4), Hyper(16, num_heads=2, hidden=8)], ids=lambda m: type(m).__name__)
 def test_products_of_unpacking_and_packing_are_shares(mixer):
     x, mask = small_batch(dtype=torch.float32)
@@ -152,9 +143,6 @@ def test_poms_gate_is_its_selection():
     x, mask = small_batch(dtype=torch.float32, pads=torch.nan)
     kind, gate = PoM(16, degree=2, expand=1).maps(x, mask)["gate"]
     assert kind == "gate" and gate.shape == (3, 21, 32) and ((gate[mask] > 0) & (gate[mask] < 1)).all() and (gate[~mask] == 0).all()
-
-
-# ---- hyper and the means
 
 
 def test_hypers_positions_are_those_of_the_paper():

@@ -18,8 +18,8 @@ from essl_nb.core.files import Busy, append_line, keep_lines, load_tensors, read
 from essl_nb.core.registry import EsslError
 from essl_nb.core.stop import noticing_stops
 from essl_nb.mixers.base import list_mixers, mixers
-from essl_nb.models.checkpoint import load_encoder
 from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import load_encoder
 from essl_nb.objectives.health import collapsed
 from essl_nb.objectives.objective import objectives
 from essl_nb.train import folder as folder_module
@@ -93,8 +93,6 @@ def at_step(monkeypatch):
 def cut():
     raise PowerCut
 
-
-# ---- killed and told to stop, at any moment ---------------------------------------------------------------------
 
 LIVES = """
 import json, os, random, signal, sys, time
@@ -293,8 +291,6 @@ def test_the_state_is_saved_after_minutes_too(clips, tmp_path, at_step):
     assert int(load_tensors(tmp_path / "run" / "last.safetensors")["step"]) == 9
 
 
-# ---- one process at a time --------------------------------------------------------------------------------------
-
 def test_a_second_process_on_a_run_is_told_who_is_there(clips, tmp_path):
     with folder_module.sole_run(tmp_path / "run"), pytest.raises(Busy, match=f"process {os.getpid()}"):
         pretrain(settings(clips), tmp_path / "run", **OFTEN)
@@ -307,8 +303,6 @@ def test_what_killed_processes_left_is_cleared_away(clips, tmp_path):
     pretrain(settings(clips, steps=2), tmp_path / "run", **OFTEN)
     assert whole(tmp_path / "run")
 
-
-# ---- other data, other targets, another machine -----------------------------------------------------------------
 
 @pytest.fixture
 def begun(clips, tmp_path, at_step):
@@ -353,7 +347,7 @@ def test_targets_that_come_out_differently_are_refused(begun, monkeypatch):
 def test_the_name_of_targets_depends_on_every_function_that_makes_them(monkeypatch):
     from essl_nb.objectives import bestrq, clusters
 
-    for module, name, cls in ((clusters, "kmeans", clusters.Clusters), (clusters, "dct_basis", clusters.Clusters), (bestrq, "random_quantiser", bestrq.BestRQ), (hubert, "sample_frames", hubert.Clusters)):
+    for module, name, cls in ((clusters, "kmeans", clusters.Clusters), (clusters, "dct_basis", clusters.Clusters), (bestrq, "random_quantiser", bestrq.BestRQ), (clusters, "sample_frames", clusters.Clusters)):
         before = targets_module.code_of(cls)
         other = lambda *a, **kw: None
         other.__module__ = module.__name__
@@ -396,8 +390,6 @@ def test_the_precision_that_auto_took_stays_the_runs(clips, tmp_path, at_step, m
     assert "begun in fp32 and stays in it" in capsys.readouterr().out
     assert read_json(tmp_path / "run" / "result.json")["made"]["precision"] == "fp32"
 
-
-# ---- numbers that are not finite --------------------------------------------------------------------------------
 
 @pytest.fixture
 def sick(monkeypatch):
@@ -466,8 +458,6 @@ def test_few_frames_to_watch_do_not_count_as_a_collapse():
     assert collapsed(few, 1000) is None and collapsed({**few, "frames": 4000}, 1000)
 
 
-# ---- prolonged --------------------------------------------------------------------------------------------------
-
 def test_a_finished_run_is_prolonged_with_a_schedule_of_its_own(straight, clips, tmp_path, at_step, capsys):
     folder, config = tmp_path / "run", settings(clips)
     shutil.copytree(straight, folder)
@@ -518,8 +508,6 @@ def test_an_unfinished_run_and_one_without_its_state_are_not_prolonged(begun, cl
     with pytest.raises(EsslError, match="state of its last step"):
         pretrain(replace(config, steps=99), folder, **OFTEN)
 
-
-# ---- folders that are torn, foreign or full ---------------------------------------------------------------------
 
 FOREIGN = {
     "config torn": ("config.json", b'{"encoder"', "can be read"),
@@ -583,8 +571,6 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing(straight, clips, tmp_pat
     assert number > 10
 
 
-# ---- logs -------------------------------------------------------------------------------------------------------
-
 def test_log_lines_say_audio_and_epochs(straight):
     rows = read_lines(straight / "metrics.jsonl")[0]
     assert [r["hours"] for r in rows] == pytest.approx([8 * (i + 1) / 3600 for i in range(12)])
@@ -642,8 +628,6 @@ def test_rows_taken_back_leave_the_bytes_of_the_others(tmp_path):
     assert keep_lines(path, lambda r: r["n"] != 2) == 1 and path.read_bytes() == b'{"n":1.0}\n{"n": 3e0}\n'
     assert keep_lines(tmp_path / "none.jsonl", lambda r: False) == 0 and not (tmp_path / "none.jsonl").exists()
 
-
-# ---- small corpora ----------------------------------------------------------------------------------------------
 
 def test_one_clip_and_a_corpus_without_a_valid_split(clips, tmp_path, capsys):
     (tmp_path / "one").mkdir()

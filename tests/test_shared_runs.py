@@ -172,8 +172,6 @@ def test_an_error_of_the_first_process_is_told_by_all(clips, tmp_path):
     assert status == [3, 3] and all("differs in lr" in e for e in errors)
 
 
-# ---- the network that PyTorch wraps -----------------------------------------------------------------------------
-
 def network_and_batch(**kw):
     "A tiny network and a batch for it."
     encoder = build_encoder(EncoderConfig(dim=16, depth=2, **kw), seed=0)

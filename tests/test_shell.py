@@ -1,7 +1,6 @@
 """The shell: help that is there at once, settings that are checked with their names, one exit status for one kind of end."""
 import contextlib
 import dataclasses
-import importlib
 import io
 import json
 import os
@@ -9,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -56,8 +54,6 @@ def started(name, *argv, **kw):
     code = f"import sys; from {module} import {entry}; sys.exit({entry}())"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=kw.pop("cwd", ROOT), **kw)
 
-
-# ---- every command ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_help_and_version_import_nothing_heavy(name):
@@ -139,8 +135,6 @@ def test_signals_end_with_the_shells_own_status(sent, status):
     _, err = child.communicate(timeout=30)
     assert child.returncode == status and "Traceback" not in err
 
-
-# ---- settings ---------------------------------------------------------------------------------------------------
 
 def leaves(cls, prefix=""):
     for f in dataclasses.fields(cls):
@@ -253,8 +247,6 @@ def test_files_of_other_editors_are_read(tmp_path):
     with pytest.raises(EsslError, match="UTF-8"):
         read_values(tmp_path / "c.json")
 
-
-# ---- grids ------------------------------------------------------------------------------------------------------
 
 def test_the_example_that_is_printed_runs_dry(tmp_path):
     status, out, _ = told(command.essl_study, "--example")

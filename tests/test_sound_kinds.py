@@ -37,9 +37,6 @@ def lasts(path):
     return decoded
 
 
-# --- headers that say less or more than there is ---
-
-
 def test_mp3_with_and_without_its_announcement(tmp_path):
     whole = written(tmp_path / "a.mp3", LOUD_LATER, bitrate_mode="VARIABLE")
     frames, lost = containers.mp3_frames(whole)
@@ -118,9 +115,6 @@ def test_ogg_says_when_it_was_changed(tmp_path):
             audio_seconds(tmp_path / "b.ogg")
 
 
-# --- formats, rates, channels, scale ---
-
-
 @pytest.mark.parametrize("suffix, kw", [
     ("aiff", {}), ("aif", dict(format="AIFF", subtype="FLOAT")), ("au", {}), ("sph", dict(format="NIST")), ("oga", dict(format="OGG")), ("wav", dict(subtype="PCM_U8")),
     ("wav", dict(subtype="IMA_ADPCM")), ("wav", dict(subtype="MS_ADPCM")), ("wav", dict(subtype="GSM610")), ("wav", dict(subtype="ULAW")), ("wav", dict(subtype="DOUBLE")),
@@ -172,9 +166,6 @@ def test_constant_and_silent_sound_gives_finite_frames(tmp_path):
     with pytest.warns(UserWarning, match="1 clips are silent: zero"):
         features = load_corpus(tmp_path).features(progress=False)
     assert all(torch.isfinite(features[i]).all() for i in features.ids) and (features["zero"].max() - np.log(1e-8)) < 0.01
-
-
-# --- folders ---
 
 
 def test_links_are_followed_once(tmp_path):
@@ -255,9 +246,6 @@ def test_a_damaged_clip_leaves_the_corpus_and_its_selections(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         corpus.features(progress=False)
-
-
-# --- log-mel ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

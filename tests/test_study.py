@@ -17,9 +17,9 @@ from torch import nn
 import essl_nb.study.study as study_module
 from essl_nb.core.files import append_line, read_lines
 from essl_nb.core.fresh import Fresh
+from essl_nb.core.intervals import bootstrap_interval
 from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
-from essl_nb.core.intervals import bootstrap_interval
 from essl_nb.mixers.base import Mixer, list_mixers, mixers
 from essl_nb.objectives.objective import objectives
 from essl_nb.study.grid import grid_cells, key_of, read_grid
@@ -61,8 +61,6 @@ def tiny_grid(clips="bundled", names=(FIRST, SECOND), **changes):
         **changes,
     }
 
-
-# ---- the real thing: fresh processes, kill -9, resume -----------------------------------------------------------
 
 def start(grid, folder):
     command = folder.parent / "essl_study"
@@ -144,7 +142,7 @@ def test_a_finished_study_says_so_at_once(two_studies, capsys):
 
 
 def test_ship_writes_small_checkpoints_that_load(two_studies, tmp_path):
-    from essl_nb.models.checkpoint import load_encoder
+    from essl_nb.models.encoder import load_encoder
 
     study = Study(two_studies[0] / "grid.json")
     for path in ship(study, tmp_path):
@@ -183,8 +181,6 @@ def test_a_mixer_of_one_decorator_goes_through_a_study(clips, tmp_path):
         mixers.remove("shift_test")
     assert len(load_results(tmp_path)) >= 2  # the rows can be read where nobody knows the mixer any more
 
-
-# ---- the order of work, with a stand-in for the fresh process ---------------------------------------------------
 
 class Stand:
     "Takes the place of run_fresh: instant facts, a record of what ran beside what, failures on demand."
@@ -329,8 +325,6 @@ def test_a_corpus_without_the_labels_is_refused_before_any_work(clips, tmp_path,
     assert not double.order
 
 
-# ---- illegal grids ----------------------------------------------------------------------------------------------
-
 ENCODER = {"name": "a", "config": {"mixer": FIRST, "dim": 16, "depth": 1}}
 WRONG = {
     "mixer": ({"encoders": [{"name": "a", "config": {"mixer": FIRST + "x"}}]}, "did you mean"),
@@ -379,8 +373,6 @@ def test_grid_files_that_are_none(text, word, tmp_path):
     with pytest.raises(EsslError, match=word):
         essl_study(str(path))
 
-
-# ---- tables -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def filled(clips, tmp_path, stand):

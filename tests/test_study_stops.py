@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import essl_nb.study.study as study_module
-from essl_nb.core.files import Busy, append_line, load_tensors, read_json, read_lines
+from essl_nb.core.files import Busy, load_tensors, read_json, read_lines
 from essl_nb.core.fresh import Fresh, run_fresh
 from essl_nb.core.registry import EsslError
 from essl_nb.core.stop import StoppedBySignal

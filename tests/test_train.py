@@ -7,15 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from essl_nb.core.config import from_json, to_json
 from essl_nb.core.files import read_lines, save_tensors
-from essl_nb.core.registry import EsslError, UnknownName
-from essl_nb.data.corpus import load_corpus
+from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.objectives.objective import list_objectives, objectives

@@ -10,13 +10,13 @@ from test_probe import Oracle, Store, Toy, probe
 
 from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
+from essl_nb.mixers.base import list_mixers
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 from essl_nb.probes.command import beside, essl_probe, read_options
 from essl_nb.probes.frames import Baseline, Piece
 from essl_nb.probes.probe import default_probe, list_probes, run_probe, runnable
 from essl_nb.probes.units import fit_units, in_pieces, unit_of
-from essl_nb.mixers.base import list_mixers
-from essl_nb.models.config import EncoderConfig
-from essl_nb.models.encoder import build_encoder
 
 QUICK = dict(clusters=8, steps=40, batch=256, lr=0.02)
 

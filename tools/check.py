@@ -6,6 +6,7 @@
 The check runs nbdev-clean, nbdev-export and tools/readme.py in a copy, and compares the copy with this folder.
 """
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def notebooks(root):
     "Every notebook of the project, index.ipynb included, relative to `root`."
     found = [p.relative_to(root) for p in (root / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts)]
     return sorted(p for p in found if not (root / p).is_symlink()) + [Path("index.ipynb")]
+
+
+def folders(root):
+    "The folders of notebooks in reading order: the first column of the table in docs/design.md, such as core and ligru/cpu."
+    table = (root / "docs" / "design.md").read_text(encoding="utf-8").split("## Folders")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([\w/]+)`", table, re.M)
 
 
 def modules(root):

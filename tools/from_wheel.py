@@ -81,8 +81,6 @@ def environment(place: Place, wheel: Path):
     place.run("python", "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-warn-conflicts", f"{wheel}[study,app]")
 
 
-# ---- the list ---------------------------------------------------------------------------------------------------
-
 def alone(place: Place) -> str:
     "The wheel is small, and the package comes from it."
     wheel = next(place.folder.glob("*.whl"))

@@ -39,8 +39,6 @@ SHARES = {"a": 0.35, "b": 0.33, "c": 0.18, "d": 0.14}  # of the budget; what a s
 START, GRACE, POISONED = 120.0, 15.0, 3  # s to import and to greet; s after the budget; exit status of a child that lost its GPU
 
 
-# ---- the machine ------------------------------------------------------------------------------------------------
-
 def unpack(folder: Path, into: Path) -> list:
     "Wheels into a folder to be put on the path, native libraries included. Returns their names."
     wheels = sorted(folder.glob("*.whl"))
@@ -64,8 +62,6 @@ def environment(wheels: Path | None, scratch: Path) -> dict:
     own = {"PYTHONPATH": os.pathsep.join(path), "NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS": "0", "PYTHONWARNINGS": "ignore"}
     return {**{k: str(scratch / v) for k, v in caches.items()}, **os.environ, **own, "PYTHONUNBUFFERED": "1"}
 
-
-# ---- the child --------------------------------------------------------------------------------------------------
 
 def child(device: str) -> None:
     "Read cases from stdin, one JSON object a line, and answer in JSON lines; what else is printed goes to stderr."
@@ -198,8 +194,6 @@ def compiling() -> None:
                       f"{plan.form.precision} {cell:6} {activation:10} {seconds:5.2f} s", flush=True)
     print(f"{len(took)} kernels, {sum(took.values()):.0f} s of one core to PTX for sm_90, {max(took.values()):.1f} s the slowest")
 
-
-# ---- the parent -------------------------------------------------------------------------------------------------
 
 class Worker:
     "A child process: what it does, and until when it may."
@@ -449,8 +443,6 @@ class Run:
         elif case is not None and status != POISONED:  # who is poisoned has said so before
             self.failed(worker, f"{why}; the child was ended (exit status {status}) while {state}", True)
 
-
-# ---- what is said at the end ------------------------------------------------------------------------------------
 
 def shape_of(row: dict) -> str:
     return f"H {row['hidden']}, B {row['batch']}, T {row.get('frames', '?')}, {row.get('layers', 1)} x {row['directions']}"

@@ -4,9 +4,11 @@
     python tools/nb.py read  nbs/core/01_registry.ipynb           # notebook -> Markdown on stdout
     python tools/nb.py run   nbs/core/01_registry.ipynb           # execute in place, store outputs
     python tools/nb.py export nbs/core/01_registry.ipynb          # export one notebook to essl_nb/
+    python tools/nb.py number mixers                              # count the pages of a folder anew, links mended
 
 In the Markdown form a line `<!-- cell -->` parts two prose cells. `write` keeps the ids of cells that stay and the
 outputs of code that did not change; `run` stores outputs without this machine's paths, warnings and progress bars.
+`number` counts from 01 in the order of today's names, so a page called 03b_page comes to stand after the third.
 """
 import argparse
 import difflib
@@ -17,8 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+try:
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+except ImportError:
+    sys.exit("nbformat is missing: use the project's environment, .venv/bin/python tools/nb.py (make test makes it).")
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
@@ -139,9 +144,35 @@ def export(path):
     nb_export(str(path.resolve()), lib_path=str(ROOT / "essl_nb"))
 
 
+LINK = re.compile(r"\]\(([^)\s#]+\.ipynb)((?:#[^)\s]*)?)\)")
+
+
+def number(folder):
+    pages = sorted((ROOT / "nbs" / folder).glob("*.ipynb"))
+    if not pages:
+        sys.exit(f"nbs/{folder} has no notebooks; the folders are listed in docs/design.md.")
+    names = [re.sub(r"^[0-9]+[a-z]*_", "", p.name) for p in pages]
+    moved = {p: p.with_name(f"{n:02d}_{name}") for n, (p, name) in enumerate(zip(pages, names), 1) if p.name != f"{n:02d}_{name}"}
+    for p in moved:
+        p.rename(p.with_name(f".moving_{p.name}"))
+    for p, to in moved.items():
+        p.with_name(f".moving_{p.name}").rename(to)
+        print(f"{p.name} is now {to.name}")
+    for path in [ROOT / "index.ipynb", *(p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.is_symlink())]:
+        was = next((old for old, new in moved.items() if new == path), path)
+
+        def mended(link):
+            target = Path(os.path.normpath(was.parent / link[1]))
+            return f"]({os.path.relpath(moved.get(target, target), path.parent)}{link[2]})"
+
+        text = path.read_text(encoding="utf-8")
+        if (new := LINK.sub(mended, text)) != text:
+            path.write_text(new, encoding="utf-8")
+
+
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("action", choices=["write", "read", "run", "export"])
+    ap.add_argument("action", choices=["write", "read", "run", "export", "number"])
     ap.add_argument("paths", nargs="+", type=Path)
     args = ap.parse_args()
     if args.action == "write":

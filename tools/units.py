@@ -14,8 +14,8 @@ import torch
 
 from essl_nb.core.config import to_json
 from essl_nb.core.files import append_line, read_lines
-from essl_nb.data.corpus import load_corpus
 from essl_nb.core.machine import library_versions, machine_record
+from essl_nb.data.corpus import load_corpus
 from essl_nb.probes.phones import phone_part
 from essl_nb.probes.probe import run_probe
 

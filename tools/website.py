@@ -16,11 +16,11 @@ import yaml
 from latex2mathml.converter import convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import check
 import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / ".cache" / "site"
-ORDER = ["tutorials", "core", "data", "ligru", "mixers", "models", "objectives", "train", "eval", "study", "viz", "app"]
 DRAW = """document.querySelectorAll(".figure-data").forEach(node => {
   const figure = JSON.parse(node.textContent), place = document.createElement("div");
   node.replaceWith(place);
@@ -76,7 +76,7 @@ def build():
     shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", PAGES / "assets")
     (PAGES / "assets" / "figures.js").write_text(DRAW)
     nav = [{"essl_nb": "index.md"}, {"Design": "docs/design.md"}, {"Contributing": "CONTRIBUTING.md"}]
-    for folder in ORDER:
+    for folder in ["tutorials", *check.folders(ROOT)]:
         found = sorted((ROOT / "nbs" / folder).glob("*.ipynb"))
         for path in found:
             page(path, PAGES / path.relative_to(ROOT).with_suffix(".md"))

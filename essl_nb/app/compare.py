@@ -17,9 +17,9 @@ from functools import partial
 
 import pandas as pd
 
-from .listen import fault
 from .curves import CurvesFile, curves_part, curves_table, second_of, wire_curves
 from .figures import COMPARE_HTML
+from .listen import fault
 from .page import message, starter
 from .shelf import Studies, StudyFile, plain_words
 from ..core.registry import EsslError

@@ -20,9 +20,9 @@ from .figures import CURVES_HTML
 from .page import message, starter
 from .shelf import Studies, folder_code, plain_words, typed_here
 from ..core.registry import EsslError
-from ..costs.cards import baseline_mixer
-from ..costs.curves import ALWAYS, FRAMES, NEVER, crossover, exponents, load_curves
-from ..mixers.base import mixers
+from ..costs.curves import FRAMES
+from ..costs.growth import ALWAYS, NEVER, crossover, exponents, load_curves
+from ..mixers.base import baseline_mixer, mixers
 from ..study.machines import made_on
 from ..viz.curves import QUANTITIES, chosen_curves, curve_figure, curve_finding, duration_text
 

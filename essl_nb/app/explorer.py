@@ -110,8 +110,8 @@ class Launch:
     "What `launch()` of the explorer does: the page's settings, a door before it, first views in it."
 
     def __init__(self, app, uploads, first_views): # first_views: called without arguments; each returns component → attributes
-        from essl_nb.app.theme import CSS, theme
         from essl_nb.app.page import head
+        from essl_nb.app.theme import CSS, theme
 
         self.app, self.uploads, self.first_views, self.start = app, uploads, first_views, app.launch
         self.painting, self.ended = None, False

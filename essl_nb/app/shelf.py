@@ -16,9 +16,8 @@ from .clips import Bounded
 from ..core.places import results_dir
 from ..core.registry import EsslError, nearest
 from ..mixers.base import list_mixers, mixers
-from ..models.checkpoint import load_encoder
 from ..models.config import EncoderConfig
-from ..models.encoder import build_encoder
+from ..models.encoder import build_encoder, load_encoder
 from ..study.grid import read_grid
 from ..study.machines import machines_of
 from ..study.results import cost_table, draws_of, load_results, scores_of, score_table

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EsslError', 'UnknownName', 'Entry', 'nearest', 'same_class', 'load_home', 'load_plugins', 'registry_of', 'Registry',
-           'listed']
+           'shared_guests', 'listed']
 
 # %% ../../nbs/core/01_registry.ipynb #22c4c95e
 import difflib
@@ -13,6 +13,7 @@ import pkgutil
 import sys
 import threading
 import warnings
+import weakref
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 
@@ -31,9 +32,14 @@ class Entry:
     name: str  # the name it is asked for by
     obj: type  # the class or function
     meta: dict = field(default_factory=dict)  # what its decorator says of it
+    home: str = ""  # the module in which it was registered
 
     def __call__(self, *args, **kw):
         return self.obj(*args, **kw)
+
+    def is_guest(self) -> bool:
+        "Whether it was registered outside this package."
+        return self.home.split(".")[0] != __name__.split(".")[0]
 
 # %% ../../nbs/core/01_registry.ipynb #68211fac
 def nearest(name: str, allowed) -> str: # a half sentence for an error message
@@ -74,6 +80,7 @@ def registry_of(module: str, name: str):
 
 class Registry:
     "Names of one kind of thing, in the order in which they were registered."
+    made = weakref.WeakSet()  # every registry of this process
 
     def __init__(self,
         kind: str, # what is registered, in the singular: "mixer"; `essl_nb.<kind>` is the group of its entry points
@@ -82,13 +89,18 @@ class Registry:
         self.kind, self.home, self.entries = kind, home, {}
         self.filled, self.lock = not home, threading.RLock()
         self.module = sys._getframe(1).f_globals.get("__name__", "")  # where it is made, and in a package also found again
+        Registry.made.add(self)
 
     def __reduce__(self):
         "A module's registry goes to another process as that module's own; one of a notebook goes with its entries."
-        names = [n for n, v in vars(sys.modules.get(self.module)).items() if v is self] if self.module in sys.modules else []
-        if names and self.module != "__main__":
-            return registry_of, (self.module, names[0])
+        if name := self.name_in_module():
+            return registry_of, (self.module, name)
         return type(self), (self.kind, self.home), {"entries": self.entries}
+
+    def name_in_module(self) -> str | None:
+        "Under what name the module that made it holds it; None where that is a notebook or script."
+        held = vars(sys.modules[self.module]) if self.module in sys.modules and self.module != "__main__" else {}
+        return next((name for name, value in held.items() if value is self), None)
 
     def fill(self):
         "Import the home and the plug-ins, once."
@@ -108,18 +120,25 @@ class Registry:
     ):
         "A decorator that registers a class or function under `name`. Raises EsslError where another has that name."
 
+        home = sys._getframe(1).f_globals.get("__name__", "")
+
         def keep(obj):
-            if obj.__module__.split(".")[0] != __name__.split(".")[0]:
-                self.fill()  # a guest learns now, and not later, that a name is taken
-            old = self.entries.get(name)
-            if old is not None and not same_class(old.obj, obj):
-                taken = f"{old.obj.__module__}.{old.obj.__qualname__}"
-                raise EsslError(f"The {self.kind} name {name!r} is taken by {taken}; choose another for {obj.__qualname__}.")
-            obj.registered_name = name
-            self.entries[name] = Entry(name, obj, meta)
+            self.add(Entry(name, obj, meta, home))
             return obj
 
         return keep
+
+    def add(self, entry: Entry):
+        "Register an entry as it stands. Raises EsslError where another thing has its name."
+        if entry.is_guest():
+            self.fill()  # a guest learns now, and not later, that a name is taken
+        old = self.entries.get(entry.name)
+        if old is not None and not same_class(old.obj, entry.obj):
+            taken = f"{old.obj.__module__}.{old.obj.__qualname__}"
+            raise EsslError(f"The {self.kind} name {entry.name!r} is taken by {taken}; choose another for {entry.obj.__qualname__}.")
+        if vars(entry.obj).get("registered_name") not in self.entries:  # a second name changes nothing in what bears the first
+            entry.obj.registered_name = entry.name
+        self.entries[entry.name] = entry
 
     def get(self, name: str) -> Entry:
         "The entry called `name`. Raises UnknownName, with the nearest names, where there is none."
@@ -138,9 +157,9 @@ class Registry:
         "Forget `name`, for tests and for tidy notebooks."
         self.entries.pop(name, None)
 
-    def outside(self, package: str = "essl_nb") -> list: # of Entry
-        "The entries defined outside `package`: those that a fresh process must be told of."
-        return [e for e in self.entries.values() if e.obj.__module__.split(".")[0] != package]
+    def guests(self) -> list: # of Entry
+        "The entries that were registered outside this package: those that another process must be told of."
+        return [e for e in self.entries.values() if e.is_guest()]
 
     def __contains__(self, name):
         self.fill()
@@ -153,6 +172,12 @@ class Registry:
     def __len__(self):
         self.fill()
         return len(self.entries)
+
+
+def shared_guests() -> list: # of (registry, its guests), for every registry that another process finds again by importing its module
+    "All that was registered outside this package, in registries of this package."
+    ours = [x for x in Registry.made if x.module.split(".")[0] == __name__.split(".")[0] and x.name_in_module()]
+    return [(x, x.guests()) for x in sorted(ours, key=lambda x: x.module) if x.guests()]
 
 # %% ../../nbs/core/01_registry.ipynb #ba0068ba
 def listed(registry: Registry, wanted: str | None = None, key: str = "family") -> list: # sorted names

@@ -7,7 +7,6 @@ __all__ = ['exporting_onnx', 'scan_frames']
 
 # %% ../../nbs/core/09_traced.ipynb #60c048f6
 import torch
-from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
 # %% ../../nbs/core/09_traced.ipynb #12c5426b

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..mixers.base import FORMULAS, count_macs
+from ..core.count import FORMULAS, count_macs
 from ..models.config import EncoderConfig
 from ..models.encoder import Encoder, build_encoder
 

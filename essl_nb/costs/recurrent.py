@@ -27,9 +27,10 @@ from tqdm.auto import tqdm
 
 from ..core.files import append_line, read_lines
 from ..core.fresh import run_fresh
-from ..core.registry import EsslError
-from .curves import KEPT, allocated_peak
 from ..core.machine import library_versions, machine_name, machine_record
+from ..core.memory import allocated_peak
+from ..core.registry import EsslError
+from .curves import KEPT
 from .measure import exponent, interleaved, spread
 from ..ligru.layer import LiGRU, SLiGRU
 
@@ -383,7 +384,6 @@ def essl_ligru_bench(
     allocator: str = "default", # The system's, or keeping: told to keep freed memory
     memory: bool = False, # Peak memory (bytes) of training too
     again: bool = False, # Measure points anew that the file holds
-    figure: str = "", # Write the figure to this HTML file
     list_names: bool = False, # List the contestants and do nothing else
 ):
     "Time LiGRU (s) beside GRU, LSTM, SpeechBrain's LiGRU and the bare matrix products, by turns."
@@ -406,8 +406,3 @@ def essl_ligru_bench(
         for count in whole(threads):
             print(f"\n{which}, {count} thread(s): LiGRU's time over the other's\n{bench_table(rows, which, count, allocator).to_string()}")
     print(f"\n{added} rows added to {path}")
-    if figure:
-        from essl_nb.viz.recurrent import bench_figure
-
-        bench_figure(rows).write_html(figure, include_plotlyjs=True)
-        print(f"The figure is in {figure}")

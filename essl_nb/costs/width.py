@@ -7,12 +7,11 @@ __all__ = ['HELD', 'WIDEST', 'Matched', 'Widths', 'bracket', 'matched']
 
 # %% ../../nbs/costs/06_width.ipynb #92c34062
 import dataclasses
-import math
 from typing import NamedTuple
 
+from ..core.machine import check_seconds
 from ..core.registry import EsslError
 from .macs import encoder_macs, parameter_count
-from ..core.machine import check_seconds
 from ..models.config import EncoderConfig
 
 # %% ../../nbs/costs/06_width.ipynb #57ba6090

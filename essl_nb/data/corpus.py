@@ -23,7 +23,7 @@ from ..core.registry import EsslError, nearest
 from . import audio, containers
 from .audio import MAX_SECONDS, MIN_SECONDS, SUFFIXES, LogMelSpec, Unreadable, audio_seconds, load_audio, plain_name, sound_files
 from .features import Features, analysis, code_hash, file_digest, listing, open_features, remembered
-from .tables import SPLITS, Phone, check_ends, check_rows, find_files, given_file, given_phones, read_phones, read_table
+from .tables import SPLITS, check_ends, check_rows, find_files, given_file, given_phones, read_phones, read_table
 
 # %% ../../nbs/data/05_corpus.ipynb #26e6700d
 @dataclass(frozen=True)

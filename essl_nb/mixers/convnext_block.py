@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.tiles import in_pieces, sum_pieces
 from ..core.registry import EsslError
 from .base import Map, Mixer, mixers
-from .convnext import depthwise
+from ..ops.temporal import depthwise
+from ..ops.tiles import in_pieces, sum_pieces
 
 # %% ../../nbs/mixers/15_convnext_block.ipynb #7c590c07
 class ConvNeXtStem(Mixer):

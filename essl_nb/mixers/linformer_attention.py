@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from ..core.shapes import mask_to_lengths, zero_pads
 from .base import Map, Mixer, mixers
-from .convnext import depthwise
+from ..ops.temporal import depthwise
 
 # %% ../../nbs/mixers/08_linformer_attention.ipynb #d34d2271
 class SlotAttention(Mixer):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from ..core.shapes import groups_of, zero_pads
 from .base import Map, Mixer, mixers
-from .window import attend
+from ..ops.temporal import attend
 
 # %% ../../nbs/mixers/07_luna.ipynb #b8e42a6d
 def running_attention(

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.tiles import by_pieces, piece_frames
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Mixer, mixers
-from .convnext import depthwise
-from .recurrent import reverse_within
 from ..ops.scan import selective_scan
+from ..ops.temporal import depthwise, reverse_within
+from ..ops.tiles import by_pieces, piece_frames
 
 # %% ../../nbs/mixers/21_mamba.ipynb #4e4f167f
 class SelectiveSSM(nn.Module):

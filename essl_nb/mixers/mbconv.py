@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.tiles import in_pieces
 from ..core.registry import EsslError
 from ..core.shapes import masked_mean
 from .base import Map, Mixer, mixers
-from .convnext import depthwise
-from .summary import running_mean
+from ..ops.temporal import depthwise, running_mean
+from ..ops.tiles import in_pieces
 
 # %% ../../nbs/mixers/16_mbconv.ipynb #6b898b02
 class Affine(nn.Module):

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.tiles import in_pieces
 from ..core.registry import EsslError
 from ..core.shapes import mask_to_lengths, tracing, zero_pads
 from ..core.traced import exporting_onnx
 from .base import Map, Mixer, mixers
-from .convnext import depthwise
+from ..ops.temporal import depthwise
+from ..ops.tiles import in_pieces
 
 # %% ../../nbs/mixers/12_mlp_asr.ipynb #9033e4d9
 class GatedMLP(Mixer):

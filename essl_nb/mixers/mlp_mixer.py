@@ -9,9 +9,9 @@ __all__ = ['MLPMixer']
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.tiles import in_pieces
 from ..core.registry import EsslError
 from .base import Mixer, mixers
+from ..ops.tiles import in_pieces
 
 # %% ../../nbs/mixers/11_mlp_mixer.ipynb #ed66960f
 @mixers.register("mlp_mixer", family="fourier", complexity="T", paper="2105.01601", tiny=dict(crop=16), grid=dict(crop=[25, 50, 100]))

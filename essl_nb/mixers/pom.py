@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.tiles import in_pieces, sum_pieces
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Map, Mixer, mixers
-from .summary import running_mean
+from ..ops.temporal import running_mean
+from ..ops.tiles import in_pieces, sum_pieces
 
 # %% ../../nbs/mixers/18_pom.ipynb #868fb935
 @mixers.register("pom", family="pooling", complexity="T", paper="2603.00683", tiny=dict(degree=3, expand=1), grid=dict(degree=[2, 3, 4], expand=[1, 2]))

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..core.registry import EsslError
 from ..core.shapes import pad_sequences
-from .checkpoint import load_encoder
-from .encoder import Encoder
+from .encoder import Encoder, load_encoder
 
 
 def as_encoder(

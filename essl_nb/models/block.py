@@ -9,10 +9,10 @@ __all__ = ['blocks', 'FeedForward', 'Block', 'TransformerBlock', 'PostNormBlock'
 import torch
 from torch import Tensor, nn
 
-from ..ops.tiles import in_pieces
 from ..core.registry import EsslError, Registry
 from ..core.shapes import zero_pads
 from ..mixers.base import build_mixer
+from ..ops.tiles import in_pieces
 
 # %% ../../nbs/models/05_block.ipynb #6f0081bf
 blocks = Registry("block", home=("essl_nb.models",))

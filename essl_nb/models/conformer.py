@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.tiles import in_pieces
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
-from ..mixers.convnext import depthwise
 from .block import Block, FeedForward, blocks
+from ..ops.temporal import depthwise
+from ..ops.tiles import in_pieces
 
 # %% ../../nbs/models/07_conformer.ipynb #7e30ff13
 class DepthwiseConv(nn.Conv2d):

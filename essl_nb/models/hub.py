@@ -39,7 +39,7 @@ MISSING = 'huggingface_hub is not installed: pip install huggingface_hub (or "es
 
 
 class Folders:
-    "The part of the mixin that needs no hub; `Hub` puts the mixin under it where huggingface_hub is installed."
+    "The part of the mixin that needs no hub, for a class with `save` and `load`; `Hub` puts the mixin under it where huggingface_hub is installed."
 
     def save_pretrained(self,
         save_directory, # a folder; made if missing
@@ -64,9 +64,7 @@ class Folders:
         return None
 
     def _write_pretrained(self, part: Path, folder: Path, **kw):
-        from essl_nb.models.checkpoint import save_encoder
-
-        save_encoder(self, part)
+        self.save(part)
 
     @classmethod
     def from_pretrained(cls,
@@ -75,9 +73,7 @@ class Folders:
     ): # an encoder in float32, in evaluation mode
         "Read an encoder from a folder or from the hub. Raises EsslError where there is none."
         if Path(name).is_dir():
-            from essl_nb.models.checkpoint import load_encoder
-
-            return load_encoder(name, cls=cls)
+            return cls.load(name)
         return cls._download(str(name), **kw)
 
     @classmethod
@@ -108,7 +104,6 @@ else:
         def _download(cls, name: str, **kw):
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-            from essl_nb.models.checkpoint import load_encoder
 
             try:
                 folder = snapshot_download(name, allow_patterns=["config.json", "model.safetensors"], **kw)
@@ -117,7 +112,7 @@ else:
             except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
                 why = (str(e).strip().splitlines() or [type(e).__name__])[0]
                 raise EsslError(f"There is no folder {name}, and the hub gave no {name!r}: {why}") from e
-            return load_encoder(folder, cls=cls)
+            return cls.load(folder)
 
         def push_to_hub(self,
             repo_id: str, # "org/name"

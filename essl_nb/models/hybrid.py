@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.tiles import in_pieces
 from ..core.registry import EsslError
-from ..mixers.convnext import depthwise
 from .block import TransformerBlock, blocks
+from ..ops.temporal import depthwise
+from ..ops.tiles import in_pieces
 
 # %% ../../nbs/models/06_hybrid.ipynb #b215f6f9
 class LocalBranch(nn.Module):

@@ -12,7 +12,7 @@ import copy
 import re
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.registry import EsslError
 from ..mixers.base import mixers

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.count import FORMULAS
 from ..core.jit import compiled, compiled_as, inlined, jit_refusal
 from ..core.registry import EsslError
-from ..core.transforms import under_transform
 from ..core.traced import exporting_onnx, scan_frames
-from ..mixers.base import FORMULAS
+from ..core.transforms import under_transform
 
 # %% ../../nbs/ops/03_scan.ipynb #2a1391c2
 def selective_scan_reference(

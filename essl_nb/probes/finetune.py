@@ -20,11 +20,11 @@ from torchaudio.functional import edit_distance
 from tqdm.auto import tqdm
 
 from ..core.config import derive_seed
+from ..core.intervals import ratio
 from ..core.precision import autocast
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, pad_sequences
 from .frames import device_of, duration_batches, in_float32, raw_rate, reads_mel
-from ..core.intervals import ratio
 from .phones import few_labels, in_split, phone_classes, phone_part, spoken
 from .probe import probes, untrained
 

@@ -9,7 +9,6 @@ __all__ = ['MEL_RATE', 'Baseline', 'Frames', 'statistics', 'duration_batches', '
 
 # %% ../../nbs/probes/01_frames.ipynb #dfacfc00
 import copy
-import hashlib
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +18,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.config import derive_seed
+from ..core.config import content_hash, derive_seed
 from ..core.precision import autocast, choose_precision
 from ..core.registry import EsslError
 from ..core.shapes import pad_sequences
 from ..data.audio import load_audio
+from ..models.checkpoint import weights_hash
+from ..models.encoder import load_encoder
 
 # %% ../../nbs/probes/01_frames.ipynb #ca10985c
 @dataclass(frozen=True)
@@ -131,11 +132,7 @@ def fingerprint(
     "A hash of the weights and of what is done with them, or the baseline's name."
     if isinstance(encoder, Baseline):
         return repr(encoder)
-    digest = hashlib.sha256(f"{type(encoder).__qualname__} {getattr(encoder, 'config', '')!r}".encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return content_hash([type(encoder).__qualname__, repr(getattr(encoder, "config", "")), weights_hash(encoder)])
 
 
 def open_encoder(
@@ -153,8 +150,6 @@ def open_encoder(
         if not context.isdigit():
             raise EsslError(f"{name!r} is not a baseline; write logmel, logmel:40 or logmel:100 (milliseconds of context on each side).")
         return Baseline("logmel", int(context))
-    from essl_nb.models.checkpoint import load_encoder
-
     return load_encoder(encoder)
 
 # %% ../../nbs/probes/01_frames.ipynb #4dd8e4fb

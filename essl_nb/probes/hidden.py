@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..core.config import derive_seed
 from ..core.registry import EsslError
-from .probe import posteriors, train_head
 from ..objectives.spans import draw_spans, start_prob_for
+from .heads import posteriors, train_head
 
 # %% ../../nbs/probes/04_hidden.ipynb #dd129193
 def hidden_frames(

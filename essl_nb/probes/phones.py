@@ -16,8 +16,9 @@ from torchaudio.functional import edit_distance
 
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, pad_sequences
+from .heads import posteriors, train_head
 from .hidden import by_utterance, hidden_score
-from .probe import posteriors, probes, train_head
+from .probe import probes
 
 # %% ../../nbs/probes/05_phones.ipynb #2d156c4a
 PAUSES = frozenset({"pau", "sil", "sp", "SIL", "SP", ""})

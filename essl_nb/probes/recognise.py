@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from ..core.command import numbers
 from ..core.config import content_hash, derive_seed
 from ..core.files import append_line, locked, read_lines
+from ..core.intervals import bootstrap_interval
+from ..core.machine import library_versions, machine_record
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, turned, turning, zero_pads
 from ..data.corpus import load_corpus
-from .finetune import Diverged, Recipe, fit, listen
-from ..core.intervals import bootstrap_interval
-from ..core.machine import library_versions, machine_record
-from .phones import in_split
 from ..ligru.cell import stability
 from ..ligru.layer import LiGRU, SLiGRU
 from ..models.frontend import LogMelFrontend
+from .finetune import Diverged, Recipe, fit, listen
+from .phones import in_split
 
 # %% ../../nbs/probes/09_recognise.ipynb #709fda13
 class BothWays(nn.Module):

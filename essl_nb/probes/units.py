@@ -14,11 +14,11 @@ from ..core.files import cache_dir, load_tensors, save_tensors
 from ..core.registry import EsslError
 from ..data.batches import cut_clip
 from ..data.features import code_hash
+from ..objectives.health import effective_rank, rankme
 from .frames import MEL_RATE, Piece
 from .hidden import hidden_score
 from .phones import few_labels, in_split
 from .probe import probes
-from ..objectives.health import effective_rank, rankme
 from ..objectives import clusters as cluster_prediction, objective
 from ..objectives.clusters import Clusters, nearest_centroid
 

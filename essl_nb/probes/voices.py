@@ -10,7 +10,6 @@ __all__ = ['crop', 'train_draws', 'answers', 'pick', 'grouped', 'balanced_units'
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from ..core.config import derive_seed
 from ..core.registry import EsslError

@@ -21,12 +21,12 @@ import torch
 from ..core.config import check_options, check_types, complain, content_hash, fits, from_json, hints_of, json_schema, to_json
 from ..core.readers import read_values
 from ..core.registry import EsslError, nearest
-from ..costs.cards import baseline_mixer, deployment_cost, training_cost
-from ..probes.probe import choose, probes, run_probe
-from ..mixers.base import mixers
+from ..costs.cards import deployment_cost, training_cost
+from ..mixers.base import baseline_mixer, mixers
 from ..models.config import EncoderConfig
 from ..models.encoder import build_encoder
 from ..objectives.objective import objectives
+from ..probes.probe import choose, heads_of, probes, run_probe
 from ..train.config import PretrainConfig
 
 # %% ../../nbs/study/01_grid.ipynb #6b2581ae
@@ -219,9 +219,9 @@ def check_probe(grid: Grid, n: int, p: ProbePoint):
     entry = at(place, probes.get, p.probe or p.name)
     own = set(list(inspect.signature(entry.obj).parameters)[1:])  # the first is the job
     allowed = own | keywords(run_probe) - {"encoder", "probe", "corpus", "progress", "memo"}
-    for what, usual in (("head", "linear"), ("labels", "all")):
+    for what, choices in (("head", heads_of(entry)), ("labels", entry.meta.get("labels", ("all",)))):
         for kw in (p.kw, *p.kw_for.values()):
-            at(place, choose, what, kw.get(what), entry.meta.get(what.rstrip("s") + "s", (usual,)), entry.name)
+            at(place, choose, what, kw.get(what), choices, entry.name)
     check_names(f"{place}, kw", p.kw, allowed)
     for fn in (entry.obj, run_probe):
         check_options(fn, p.kw, f"In the grid: probes[{n}].kw")

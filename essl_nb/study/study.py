@@ -21,7 +21,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
@@ -29,16 +28,16 @@ import essl_nb
 from ..core.config import from_json, to_json
 from ..core.files import Busy, append_line, atomic_write, explain_write_error, locked, read_json, read_lines, write_json
 from ..core.fresh import run_fresh
+from ..core.machine import library_versions, machine_record
 from ..core.registry import EsslError
 from ..core.stop import GRACE, StoppedBySignal, end_softly, noticing_stops
 from ..data.corpus import load_corpus
-from ..core.machine import library_versions, machine_record
-from ..probes.probe import Baseline, run_probe, runnable
-from ..models.checkpoint import load_encoder
 from ..models.config import EncoderConfig
-from ..models.encoder import build_encoder
+from ..models.encoder import build_encoder, load_encoder
+from ..probes.probe import Baseline, run_probe, runnable
 from .grid import CARDS, Cell, example_grid, grid_cells, grid_schema, grid_values, next_cell, read_grid
-from .results import GUESS, Estimates, headline, in_words, known_rows, ship
+from .plan import GUESS, Estimates, in_words
+from .results import headline, known_rows, ship
 from ..train.config import PretrainConfig
 from ..train.loop import pretrain
 from ..train.targets import sounds_hash

@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['OWN', 'sole_run', 'flat', 'settings_of', 'finished_steps', 'claim', 'prolong', 'record_of', 'same_run',
-           'precision_for', 'enter', 'save_state', 'restore_state', 'forget_after', 'weights_hash', 'save_whole',
-           'finish']
+           'precision_for', 'enter', 'save_state', 'restore_state', 'forget_after', 'save_whole', 'finish']
 
 # %% ../../nbs/train/05_folder.ipynb #8cc36d3c
-import hashlib
 import os
 import shutil
 from contextlib import contextmanager
@@ -16,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ..core.config import content_hash, from_json, to_json
+from ..core.config import from_json, to_json
 from ..core.files import Busy, keep_lines, load_tensors, locked, read_json, read_lines, save_tensors, write_json
 from ..core.precision import choose_precision
 from ..core.registry import EsslError
+from ..models.checkpoint import weights_hash
 from .config import PretrainConfig
 from .optim import optimiser_tensors, restore_optimiser
 from .step import Run
@@ -201,14 +200,6 @@ def forget_after(folder: Path, step: int):
         raise EsslError(f"{path} holds a line that is not of a training log; mend or remove it, or choose another folder.") from e
 
 # %% ../../nbs/train/05_folder.ipynb #29fcbb83
-def weights_hash(encoder) -> str: # 64 hex digits
-    "SHA-256 of every parameter and buffer, in order."
-    digest = hashlib.sha256()
-    for name, t in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_whole(encoder, folder: Path):
     "Write the encoder's folder so that it is whole or absent whenever a kill comes."
     new, old = (folder.with_name(f".{folder.name}.{word}.part") for word in ("new", "old"))

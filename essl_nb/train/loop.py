@@ -23,7 +23,7 @@ from ..data.corpus import Corpus, load_corpus
 from ..objectives.health import collapsed
 from .config import PretrainConfig
 from .folder import claim, enter, finish, finished_steps, forget_after, precision_for, restore_state, save_state, sole_run
-from .step import BATCHING, Ranks, Run, train_step, watch
+from .step import Ranks, Run, train_step, watch
 
 # %% ../../nbs/train/06_loop.ipynb #32703dd4
 def open_board(folder: Path, step: int):

@@ -14,9 +14,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..core.registry import EsslError, nearest
-from ..costs.cards import baseline_mixer
-from ..costs.curves import ALWAYS, NEVER, ceiling, crossover
-from ..mixers.base import mixers
+from ..costs.growth import ALWAYS, NEVER, ceiling, crossover
+from ..mixers.base import baseline_mixer, mixers
 from ..study.machines import on_one_machine
 from .style import GREY, family_colour, family_key, family_shape, plain, plain_text
 

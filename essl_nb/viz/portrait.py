@@ -15,9 +15,8 @@ from ..core.places import results_dir
 from ..data.audio import load_audio
 from ..data.corpus import load_corpus
 from ..mixers.base import mixers
-from ..models.checkpoint import load_encoder
 from ..models.config import EncoderConfig
-from ..models.encoder import build_encoder
+from ..models.encoder import build_encoder, load_encoder
 from .mixing import FLOOR_DB, INFLUENCE, finding, in_decibels, influence_map, map_kinds
 from .style import plain
 

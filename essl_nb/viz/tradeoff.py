@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 
 from ..core.registry import EsslError, nearest
 from ..study.machines import TIMES, even_times, is_counted, reference_text, with_baselines
-from ..study.pareto import pareto_front, within_budget
+from ..study.pareto import within_budget
 from ..study.results import cost_table, draws_of, load_results, score_table, scores_of, tied_with_best, usual_rivals
 from .pareto import pareto_figure
 from .style import plain_text

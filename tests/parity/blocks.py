@@ -53,9 +53,6 @@ def absent(*parameters):
             p.zero_()
 
 
-# ---- the parts
-
-
 def speechbrain_convolution(mine, other):
     return copied(("norm", mine.norm, other.layer_norm), ("inner", mine.inner, other.bottleneck[0]), ("filter", mine.filter, other.conv),
                   ("filter norm", mine.filter_norm, other.after_conv[0]), ("outer", mine.outer, other.after_conv[2]))
@@ -132,9 +129,6 @@ def speechbrain_gated(mine, norm, other):
                   ("gate", mine.gate, other.csgu.conv), ("outer", mine.outer, other.post_channel_proj))
 
 
-# ---- the parts by their equations, padded
-
-
 def filtered(conv, z, causal):
     "Each feature's filter, tap by tap."
     n, k = len(z), conv.weight.shape[2]
@@ -192,9 +186,6 @@ def convolution_padded():
 @case(ConvolutionModule, package="", what="2005.08100 figure 2 with LayerNorm, each utterance alone, causal", tolerance=1e-10)
 def convolution_padded_causal():
     return by_equations(ConvolutionModule, convolution_equations, True)
-
-
-# ---- the blocks
 
 
 def speechbrain_attention(mine, other):

@@ -62,9 +62,6 @@ def against_equations(mixer, equations):
     return compare(lambda x: mixer(x, mask), theirs, frames(), named)
 
 
-# ---- ConvNeXt
-
-
 def convnext_pair(ours, theirs):
     "Weights of timm's block in ours, and what is compared."
     put((ours.depthwise.weight, column(theirs.conv_dw.weight)), (ours.depthwise.bias, theirs.conv_dw.bias))
@@ -144,9 +141,6 @@ def convnext_v2_equations():
 @case(ConvNeXtV2, package="", what="2301.00808 eq. 1 to 3 in float64, norms up to each frame, padded batch", tolerance=1e-10)
 def convnext_v2_causal_equations():
     return against_equations(ConvNeXtV2(D, kernel=6, causal=True), v2_equations)
-
-
-# ---- MBConv
 
 
 def lived(module):

@@ -43,9 +43,6 @@ def gelu(x):
     return x * (1 + torch.erf(x / 2**0.5)) / 2
 
 
-# ---- MLP-Mixer
-
-
 @case(MLPMixer, package="timm", what="MixerBlock.mlp_tokens, whole utterance in one crop", tolerance=1e-10)
 def mlp_mixer():
     from timm.models.mlp_mixer import MixerBlock
@@ -72,9 +69,6 @@ def mixer_equations(m, x):
 @case(MLPMixer, package="", what="2105.01601 eq. 1, token mixing, in float64, crops of 8 in a padded batch", tolerance=1e-10)
 def mlp_mixer_equations():
     return against_equations(MLPMixer(D, crop=8), mixer_equations)
-
-
-# ---- gates
 
 
 def layer_norm(norm, x):
@@ -120,9 +114,6 @@ def ts_mlp():
 @case(TSMLP, package="", what="temporal shift gate (after 2202.08456) in float64, causal, padded batch", tolerance=1e-10)
 def ts_mlp_causal():
     return against_equations(TSMLP(D, shift=3, causal=True), shifted)
-
-
-# ---- circular convolution
 
 
 def ring(m, x):

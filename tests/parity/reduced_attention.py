@@ -49,9 +49,6 @@ def hidden(causal):
     return (~real()[:, None, None]).expand(-1, -1, T, -1) | (future if causal else False)
 
 
-# ---- relative positions
-
-
 def conformer(causal):
     from transformers import Wav2Vec2ConformerConfig
     from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerRelPositionalEmbedding, Wav2Vec2ConformerSelfAttention
@@ -139,9 +136,6 @@ def relpos_equations():
     return compare(lambda x: ours(x, real()), lambda x: each_alone(equations, x), frames(), named(ours, twin))
 
 
-# ---- window
-
-
 def window(**arguments):
     ours = rough(Window(D, num_heads=H, **arguments))
     twin = copy.deepcopy(ours)
@@ -171,9 +165,6 @@ def window_equations():
 @case(Window, package="", what="softmax over the frames from chunk c − 2 to the query itself, query by query, with padding", tolerance=1e-9)
 def window_equations_causal():
     return window(chunk=4, causal=True)
-
-
-# ---- luna
 
 
 @case(Luna, package="", what="2106.01540 section 3: pack, unpack and the packed sequence, over two layers, with padding", tolerance=1e-9)

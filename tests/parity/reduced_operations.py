@@ -65,9 +65,6 @@ def split(x, H):
     return x.chunk(H, -1)
 
 
-# ---- Linformer
-
-
 def linformer_pair(sharing, n_max):
     from linformer import LinformerSelfAttention
 
@@ -164,9 +161,6 @@ def linformer_pooled_filtered():
     return against_equations(LinformerPooled(D, num_heads=2, rank=5, kernel=3), pooled_equations)
 
 
-# ---- Fastformer
-
-
 @case(Fastformer, package="fast_transformer_pytorch", what="FastAttention without rotary positions, its global key multiplied by its global query (eq. 4 of 2108.09084), padded", tolerance=1e-10)
 def fastformer():
     from fast_transformer_pytorch.fast_transformer_pytorch import FastAttention
@@ -230,9 +224,6 @@ def fastformer_causal():
     return against_equations(Fastformer(D, num_heads=2, causal=True), fastformer_equations)
 
 
-# ---- HyperMixing
-
-
 def hyper_pair(tied, padded):
     from speechbrain.nnet.hypermixing import HyperMixing
 
@@ -270,9 +261,6 @@ def hyper_tied():
 @case(Hyper, package="speechbrain", what="HyperMixing(tied=True), 4 heads, padded")
 def hyper_tied_padded():
     return hyper_pair(tied=True, padded=True)
-
-
-# ---- means
 
 
 def pom_equations(m, x):

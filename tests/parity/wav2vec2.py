@@ -86,8 +86,6 @@ def wav2vec2_large_layout_padded():
     return {f"layer {i + 1}, utterance {b + 1}": (a[b, : out[b]], z[b, : out[b]]) for i, (a, z) in enumerate(zip(ours.layers[1:], layers)) for b in range(2)}
 
 
-# ---- transformers: parts, then whole models ---------------------------------------------------------------------
-
 def hf_config(norm="group", stable=False, dim=32, **kw):
     from transformers import Wav2Vec2Config
 
@@ -195,8 +193,6 @@ def hubert_model_prenorm():
 
     return whole(HubertModel(HubertConfig(**{k: v for k, v in hf_config("layer", True).to_dict().items() if k in HubertConfig().to_dict() and k not in ("model_type", "architectures")})))
 
-
-# ---- other front ends -------------------------------------------------------------------------------------------
 
 @case(SincFilters, package="speechbrain", what="CNN.SincConv with valid padding and its window; its filters have the middle tap 1, ours gain 1", tolerance=1e-5)
 def sinc_filters():

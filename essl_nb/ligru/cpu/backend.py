@@ -16,8 +16,8 @@ from ...core.registry import EsslError
 from .. import cell as reference
 from ..cell import ACTIVATIONS, Norm, check_names, norm_backward, normalised
 from .loop import Form, Given, Kept, Shares, backward_on_torchs, backward_share, forward_on_torchs, forward_share, norm_on_torchs, norm_share
-from .threads import share_of, side_by_side
 from .product import Layout, as_frames, as_rows, as_strided, layout_of, pack, room_for
+from .threads import share_of, side_by_side
 
 # %% ../../../nbs/ligru/cpu/04_backend.ipynb #8c9c5e6e
 SHORT = 8 # frames below which the reference is faster

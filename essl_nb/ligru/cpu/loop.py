@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cell import ACTIVATIONS, LEAK
-from .threads import meet, on_openmp, share_of
 from .product import Lanes, address, compiled, exponential, multiply, per_unit
+from .threads import meet, on_openmp, share_of
 
 # %% ../../../nbs/ligru/cpu/03_loop.ipynb #043fc531
 class Given(NamedTuple):
