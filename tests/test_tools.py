@@ -113,7 +113,7 @@ def test_readme_shows_what_it_should(tmp_path):
 
 
 def test_check_finds_what_is_out_of_step(tmp_path):
-    for folder, name in (("nbs/core", "00_registry.ipynb"), ("essl_nb/core", "__init__.py"), ("essl_nb/core", "registry.py")):
+    for folder, name in (("nbs/core", "01_registry.ipynb"), ("essl_nb/core", "__init__.py"), ("essl_nb/core", "registry.py")):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / name).write_bytes((ROOT / folder / name).read_bytes())
     for name in ("index.ipynb", "pyproject.toml", "settings.ini", "README.md", "essl_nb/__init__.py"):
@@ -128,7 +128,7 @@ def test_check_finds_what_is_out_of_step(tmp_path):
     notebook = tmp_path / "nbs/core/01_registry.ipynb"
     notebook.write_text(notebook.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
     found = "\n".join(check.differences(tmp_path))
-    for part in ("00_registry.ipynb is not as nbdev-clean", "registry.py is not what its notebook exports", "stray.py comes from no notebook", "README.md is not what"):
+    for part in ("01_registry.ipynb is not as nbdev-clean", "registry.py is not what its notebook exports", "stray.py comes from no notebook", "README.md is not what"):
         assert part in found
 
 
