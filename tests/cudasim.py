@@ -196,10 +196,10 @@ def run(kernel, grid, threads, args, seed=None):
             thread = Thread(start, block, number)
             thread.queue, thread.grid, thread.waits = queue, grid, False
             queue.append(thread)
-    dice, idle = random.Random(seed), 0
+    generator, idle = random.Random(seed), 0
     while queue and not failed:
         if seed is not None:
-            queue.rotate(dice.randrange(len(queue)))
+            queue.rotate(generator.randrange(len(queue)))
         thread = queue.popleft()
         thread.switch()
         idle = idle + 1 if thread.waits else 0

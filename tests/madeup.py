@@ -14,28 +14,28 @@ from essl_nb.models.encoder import build_encoder
 
 
 def make_study(folder: Path, seeds=3, utterances=20, names=None, dims=(32,), ship=True) -> Path:
-    "Rows and encoders in the form of a study; the numbers are dice and no result."
-    dice, names = np.random.default_rng(0), names or list_mixers()
+    "Rows and encoders in the form of a study; the numbers are random and no result."
+    generator, names = np.random.default_rng(0), names or list_mixers()
     configs = {name: EncoderConfig(mixer=name, dim=dims[i % len(dims)], depth=2) for i, name in enumerate(names)}
-    write_json(folder / "grid.json", dict(name="dice", encoders=[dict(name=n, config=to_json(c)) for n, c in configs.items()]))
+    write_json(folder / "grid.json", dict(name="random", encoders=[dict(name=n, config=to_json(c)) for n, c in configs.items()]))
     for place, name in enumerate(names):
         config, family = configs[name], mixers.get(name).meta["family"]
         if ship:
             build_encoder(config, seed=0).save(folder / "encoders" / name)
-        who = dict(encoder=name, mixer=name, family=family, objective="dice", config=to_json(config))
+        who = dict(encoder=name, mixer=name, family=family, objective="random", config=to_json(config))
         for seed in range(seeds):
             for state, chance in (("pretrained", 0.2 + 0.03 * place), ("untrained", 0.1)):
                 for probe, span in (("first question", 200), ("second question", None)):
-                    units = [[int(dice.binomial(100, np.clip(chance + dice.normal() / 50, 0, 1))), 100] for _ in range(utterances)]
+                    units = [[int(generator.binomial(100, np.clip(chance + generator.normal() / 50, 0, 1))), 100] for _ in range(utterances)]
                     value = dict(probe="masked_phones" if span else "phones", metric="accuracy", value=ratio(units), low=0, high=1, n=utterances, count=100 * utterances,
-                                 units=units, unit_ids_hash="dice", head="linear", labels="all", split="test", settings=dict(span_ms=span), also=[])
+                                 units=units, unit_ids_hash="random", head="linear", labels="all", split="test", settings=dict(span_ms=span), also=[])
                     what = dict(**who, seed=seed, state=state, probe=probe, call=value["probe"], kw={})
                     append_line(folder / "rows.jsonl", dict(key=f"{name}{seed}{state}{probe}", kind="score", what=what, value=value, made=dict(seconds=1.0)))
         cost = dict(card="deployment", parameters=10**6 * (place + 1), disk_bytes_fp32=4 * 10**6 * (place + 1), rtf=0.01 * (place + 1), latency_s=0.1 * (place + 1),
                     peak_bytes=2**20 * 20 * (place + 1), macs_per_second=10**8 * (len(names) - place))
         append_line(folder / "rows.jsonl", dict(key=f"{name}cost", kind="cost", what=dict(encoder=name, mixer=name, family=family, card="deployment"), value=cost, made=dict(seconds=1.0)))
     units = [[15, 100]] * utterances
-    value = dict(probe="masked_phones", metric="accuracy", value=0.15, low=0.15, high=0.15, n=utterances, count=100 * utterances, units=units, unit_ids_hash="dice", head="linear",
+    value = dict(probe="masked_phones", metric="accuracy", value=0.15, low=0.15, high=0.15, n=utterances, count=100 * utterances, units=units, unit_ids_hash="random", head="linear",
                  labels="all", split="test", settings=dict(span_ms=200), also=[])
     what = dict(encoder="some features", mixer=None, family="none", objective=None, seed=None, state="baseline", probe="first question", call="masked_phones", kw={})
     append_line(folder / "rows.jsonl", dict(key="base", kind="score", what=what, value=value, made=dict(seconds=1.0)))

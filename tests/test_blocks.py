@@ -38,12 +38,12 @@ def frames(lengths=LENGTHS, pads=0.0, dtype=torch.float64):
 
 
 def outcome(block, x, mask):
-    "Frames, carry, and gradients of the input and of every parameter."
+    "Frames, layer_state, and gradients of the input and of every parameter."
     x = x.clone().requires_grad_()
-    y, carry = block(x, mask)
+    y, layer_state = block(x, mask)
     named = {"x": x, **dict(block.named_parameters())}
     grads = torch.autograd.grad(y.square().sum(), list(named.values()), allow_unused=True, materialize_grads=True)
-    return {"frames": y, **(carry or {}), **{f"gradient of {n}": g for n, g in zip(named, grads)}}
+    return {"frames": y, **(layer_state or {}), **{f"gradient of {n}": g for n, g in zip(named, grads)}}
 
 
 @of_blocks
@@ -133,12 +133,12 @@ def test_what_the_mixer_hands_on_passes_through(cls):
     handed = {"something": torch.ones(1, 1)}
     assert small(cls, CONTROL)(frames((21,))[0], None, handed)[1] is handed
     for name in list_mixers():
-        if mixers.get(name).obj.carries:
+        if mixers.get(name).obj.passes_state:
             block, follower, (x, mask) = small(cls, name), small(cls, name), frames()
             follower.mixer.follow()
-            y, carry = block(x, mask)
-            z = follower(y, mask, carry)[0]
-            without = follower(y, mask, {k: 0 * v for k, v in carry.items()})[0]
+            y, layer_state = block(x, mask)
+            z = follower(y, mask, layer_state)[0]
+            without = follower(y, mask, {k: 0 * v for k, v in layer_state.items()})[0]
             assert (z - without).abs().max() > 0
 
 

@@ -32,7 +32,7 @@ def card(folder, name, machine, latency, own, **more):
                latency_s_ratio_high=ratio * 1.1, peak_bytes=2e7, macs_per_second=1e8, points=[dict(seconds=1.0, latency_s=latency / 10)])
     train = dict(card="training", precision="bf16", step_s=3 * latency, baseline_step_s=3 * own, step_s_ratio=ratio, peak_bytes=3e7, macs_per_second=3e8)
     run = dict(steps=2000, stopped=None, parameters=10**6, last=dict(loss=1.0))
-    append_line(folder / "rows.jsonl", dict(key=f"{name} run", kind="run", what=dict(what, objective="dice", seed=0, pretrain=dict(encoder=dict(mixer=name))), value=run, made=dict(made, seconds_per_step=3 * latency)))
+    append_line(folder / "rows.jsonl", dict(key=f"{name} run", kind="run", what=dict(what, objective="random", seed=0, pretrain=dict(encoder=dict(mixer=name))), value=run, made=dict(made, seconds_per_step=3 * latency)))
     for value in (use, train):
         append_line(folder / "rows.jsonl", dict(key=f"{name} {value['card']} new", kind="cost", what=dict(what, card=value["card"]), value=common | value, made=made))
 
@@ -132,11 +132,11 @@ def test_curves_of_two_machines_do_not_meet(tmp_path):
 
 def scores(**values):
     "Score rows over the same 40 utterances; the utterances differ much more than the encoders."
-    dice = np.random.default_rng(0)
-    hard = dice.normal(0, 15, 40)
+    generator = np.random.default_rng(0)
+    hard = generator.normal(0, 15, 40)
     rows = []
     for name, shift in values.items():
-        right = np.clip(50 + hard + shift + dice.normal(0, 0.5, 40), 0, 100).round()
+        right = np.clip(50 + hard + shift + generator.normal(0, 0.5, 40), 0, 100).round()
         rows.append(dict(encoder=name, objective="o", state="pretrained", probe="p", metric="accuracy", seed=0, units=[[int(r), 100] for r in right], unit_ids_hash="same", better="higher"))
     return pd.DataFrame(rows)
 

@@ -9,10 +9,10 @@ from essl_nb.study.pareto import pareto_front, pareto_mask, within_budget
 
 @pytest.mark.parametrize("up", [("y",), (), ("x",), ("x", "y")], ids=str)
 def test_front_agrees_with_its_definition(up):
-    dice = np.random.default_rng(1)
+    generator = np.random.default_rng(1)
     for _ in range(60):
-        points = pd.DataFrame(dice.integers(0, 5, (int(dice.integers(0, 14)), 2)).astype(float), columns=["x", "y"])
-        points = points.mask(dice.random(points.shape) < 0.08)
+        points = pd.DataFrame(generator.integers(0, 5, (int(generator.integers(0, 14)), 2)).astype(float), columns=["x", "y"])
+        points = points.mask(generator.random(points.shape) < 0.08)
         a = points * [1 if c not in up else -1 for c in "xy"]  # all to be small
         beaten = [any((a.iloc[j] <= a.iloc[i]).all() and (a.iloc[j] < a.iloc[i]).any() for j in range(len(a))) for i in range(len(a))]
         truth = [not b and not points.iloc[i].isna().any() for i, b in enumerate(beaten)]

@@ -19,7 +19,7 @@ from essl_nb.models.frontend import frontends
 
 NAMES = list_mixers()
 BASELINE = next(e.name for e in mixers if e.meta.get("baseline"))
-QUICK = [BASELINE, *(n for n in NAMES if mixers.get(n).obj.carries), *(e.name for e in mixers if e.meta.get("control"))]
+QUICK = [BASELINE, *(n for n in NAMES if mixers.get(n).obj.passes_state), *(e.name for e in mixers if e.meta.get("control"))]
 WAV, LENGTHS = 0.1 * torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)), torch.tensor([4000, 2500])
 some_then_all = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 

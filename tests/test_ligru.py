@@ -7,7 +7,7 @@ from torch import nn
 
 import essl_nb.ligru.custom_op as operator
 from essl_nb.core.registry import EsslError
-from essl_nb.core.shapes import turned, turning
+from essl_nb.core.shapes import reverse_frames, reversal
 from essl_nb.ligru.cell import ACTIVATIONS, CELLS, BatchNorm, Norm, drop_mask, recurrence
 from essl_nb.ligru.custom_op import explain_backend, light_operator, light_recurrence
 from essl_nb.ligru.layer import LiGRU, SLiGRU
@@ -362,10 +362,10 @@ def test_meta_device_and_state_dict(kind):
 
 def test_turning_twice_is_not_turning():
     lengths, x = torch.tensor([0, 1, 4, 9]), torch.randn(4, 9, 3)
-    rows = turning(lengths, 9)
-    y = turned(x, rows)
-    assert torch.equal(turned(y, rows), x) and torch.equal(y[2, :4], x[2, :4].flip(0)) and torch.equal(y[2, 4:], x[2, 4:])
-    assert torch.equal(turned(x, turning(torch.full((4,), 9), 9)), turned(x, turning(None, 9)))
+    rows = reversal(lengths, 9)
+    y = reverse_frames(x, rows)
+    assert torch.equal(reverse_frames(y, rows), x) and torch.equal(y[2, :4], x[2, :4].flip(0)) and torch.equal(y[2, 4:], x[2, 4:])
+    assert torch.equal(reverse_frames(x, reversal(torch.full((4,), 9), 9)), reverse_frames(x, reversal(None, 9)))
 
 
 @pytest.mark.parametrize("kw, said", [

@@ -22,7 +22,7 @@ def theirs_of(kind, norm="batchnorm", both=True, layers=2, dtype=torch.float64, 
 
 
 def results(layer, x, hx=None):
-    "Outputs, all gradients and all buffers after a pass, with the same dice."
+    "Outputs, all gradients and all buffers after a pass, with the same random numbers."
     torch.manual_seed(1)
     layer.zero_grad()
     x = x.clone().requires_grad_()

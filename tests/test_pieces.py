@@ -8,7 +8,7 @@ from essl_nb.core.shapes import lengths_to_mask
 from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.block import FeedForward, blocks
 from essl_nb.ops import tiles
-from essl_nb.ops.tiles import by_pieces, in_pieces, piece_frames, sum_pieces
+from essl_nb.ops.tiles import by_tiles, in_tiles, tile_frames, sum_tiles
 
 D, LENGTHS = 16, (150, 97, 33, 1)
 FORMS = [(name, causal) for name in list_mixers() for causal in (False, True) if not causal or mixers.get(name).obj.can_be_causal]
@@ -40,9 +40,9 @@ def agree(mix, padded, dtype, monkeypatch):
     "All at once with gradients, then in pieces without."
     x, mask = batch(padded, dtype)
     whole = mix(x, mask)[0].detach()
-    monkeypatch.setattr(tiles, "PIECE", 1)
+    monkeypatch.setattr(tiles, "TILE", 1)
     with torch.no_grad():
-        assert piece_frames(x, D) == 32
+        assert tile_frames(x, D) == 32
         got = mix(x, mask)[0]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(got, whole, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
@@ -78,35 +78,35 @@ def test_every_frame_gets_its_own_neighbours_and_its_own_second_half(past, futur
         assert own.shape[1] == n and torch.equal(torch.where(z[:, past : past + n] != 0, own, 0), z[:, past : past + n])
         return torch.stack([z[:, j : j + n] * (j + 1) for j in range(past + future + 1)]).sum(0)
 
-    run = lambda: in_pieces(after, x, mask, before=lambda part: (part, part), past=past, future=future, width=3)
+    run = lambda: in_tiles(after, x, mask, before=lambda part: (part, part), past=past, future=future, width=3)
     whole = run()
-    monkeypatch.setattr(tiles, "PIECE", 1)
+    monkeypatch.setattr(tiles, "TILE", 1)
     with torch.no_grad():
         assert torch.equal(run(), whole)
 
 
 def test_frames_stay_together_where_pieces_gain_nothing():
     x = torch.randn(1, 10**5, 1)
-    assert piece_frames(x, 64) == 10**5
+    assert tile_frames(x, 64) == 10**5
     with torch.no_grad():
-        assert piece_frames(x.to("meta"), 64) == 10**5
-        n = piece_frames(x, 64)
-        assert n <= tiles.PIECE // 64 and 0 <= -(10**5) % n < 20, "pieces are about equal"
-        assert piece_frames(x, 64, multiple=50) % 50 == 0 and piece_frames(x, 2**30) == 32 and piece_frames(x, 2**30, least=100) == 100
-        assert piece_frames(x, 2048, FeedForward(512)) == piece_frames(x, 2048), "two matrices of a million numbers: a piece of half a million is enough"
-        assert piece_frames(x, 4096, FeedForward(1024)) > 3 * piece_frames(x, 4096), "the larger the weights, the fewer the pieces"
+        assert tile_frames(x.to("meta"), 64) == 10**5
+        n = tile_frames(x, 64)
+        assert n <= tiles.TILE // 64 and 0 <= -(10**5) % n < 20, "pieces are about equal"
+        assert tile_frames(x, 64, multiple=50) % 50 == 0 and tile_frames(x, 2**30) == 32 and tile_frames(x, 2**30, least=100) == 100
+        assert tile_frames(x, 2048, FeedForward(512)) == tile_frames(x, 2048), "two matrices of a million numbers: a piece of half a million is enough"
+        assert tile_frames(x, 4096, FeedForward(1024)) > 3 * tile_frames(x, 4096), "the larger the weights, the fewer the pieces"
 
 
 def test_nothing_of_nothing():
     with torch.no_grad():
-        assert by_pieces(lambda s: torch.zeros(2, 0, 3), torch.zeros(2, 0, 5), 32).shape == (2, 0, 3)
-        assert torch.equal(sum_pieces(torch.square, torch.zeros(2, 0, 5), width=5), torch.zeros(2, 1, 5))
+        assert by_tiles(lambda s: torch.zeros(2, 0, 3), torch.zeros(2, 0, 5), 32).shape == (2, 0, 3)
+        assert torch.equal(sum_tiles(torch.square, torch.zeros(2, 0, 5), width=5), torch.zeros(2, 1, 5))
 
 
 def test_a_sum_of_halves_loses_no_digits_between_pieces():
     x = torch.ones(1, 5000, 2, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert torch.equal(sum_pieces(lambda part: part, x, width=2**13), x.sum(1, keepdim=True))
+        assert torch.equal(sum_tiles(lambda part: part, x, width=2**13), x.sum(1, keepdim=True))
 
 
 def test_the_feed_forward_part_takes_little_room_and_counts_the_same():
@@ -116,7 +116,7 @@ def test_the_feed_forward_part_takes_little_room_and_counts_the_same():
     x = torch.randn(1, 20000, 64)
     with torch.inference_mode():
         ff(x)
-        assert allocated_peak(lambda: ff(x)) < 1.2 * 4 * (x.numel() + 3 * tiles.PIECE)
+        assert allocated_peak(lambda: ff(x)) < 1.2 * 4 * (x.numel() + 3 * tiles.TILE)
     assert count_macs(lambda: ff(x)) == 20000 * 2 * 4 * 64**2
 
 

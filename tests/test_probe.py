@@ -46,16 +46,16 @@ class Toy(list):
     "Clips of 1 s; each phone, each voice and each language lights bins of its own."
 
     def __init__(self, clips=20, phones=True, noise=0.3, seed=0):
-        dice = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         self.store = Store()
         for i in range(clips):
-            order = torch.randint(1, 4, (10,), generator=dice).cumsum(0) % 4
+            order = torch.randint(1, 4, (10,), generator=generator).cumsum(0) % 4
             spoken = tuple(SimpleNamespace(label=PHONES[c], start=0.1 * n, end=0.1 * n + 0.1) for n, c in enumerate(order.tolist()))
             split = ("train", "train", "valid", "test")[i // 2 % 4]
             language, part = "xy"[i % 2], ("one", "two")[i // 8 % 2]
             self.append(SimpleNamespace(id=f"toy{i}", phones=spoken if phones else None, part=part if not phones else "one", seconds=1.0,
                 split=split, language=language, voice=f"voice {language}"))
-            mel = 3 * torch.eye(80)[order].repeat_interleave(10, 0) + noise * torch.randn(100, 80, generator=dice)
+            mel = 3 * torch.eye(80)[order].repeat_interleave(10, 0) + noise * torch.randn(100, 80, generator=generator)
             mel[:, 40 + 20 * (i % 2) :][:, :20] += 3
             self.store[f"toy{i}"] = mel
 
@@ -170,8 +170,8 @@ def test_probing_leaves_the_encoder_as_it_was(encoder):
 def test_bootstrap_covers():
     held = 0
     for trial in range(100):
-        dice = np.random.default_rng(trial)
-        units = [[int(dice.binomial(n, p)), n] for n, p in zip(dice.integers(20, 200, 60), dice.uniform(0.3, 0.7, 60))]
+        generator = np.random.default_rng(trial)
+        units = [[int(generator.binomial(n, p)), n] for n, p in zip(generator.integers(20, 200, 60), generator.uniform(0.3, 0.7, 60))]
         low, high = bootstrap_interval(units, samples=500)
         held += low <= 0.5 <= high
     assert 87 <= held <= 100
@@ -189,9 +189,9 @@ def test_intervals_refuse():
 
 
 def test_balanced_units_are_the_balanced_accuracy():
-    dice = torch.Generator().manual_seed(0)
-    classes = torch.randint(3, (50,), generator=dice).tolist()
-    right = torch.rand(7, 50, generator=dice) < 0.6
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(3, (50,), generator=generator).tolist()
+    right = torch.rand(7, 50, generator=generator) < 0.6
     wanted = np.mean([right[:, [i for i, c in enumerate(classes) if c == k]].double().mean() for k in range(3)])
     assert ratio(balanced_units(right, classes)) == pytest.approx(wanted)
 
@@ -201,8 +201,8 @@ def test_balanced_units_are_the_balanced_accuracy():
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 5.0])
 def test_viterbi_is_the_best_of_all_paths(penalty):
-    dice = torch.Generator().manual_seed(3)
-    logp, lengths = torch.randn(3, 6, 3, generator=dice).log_softmax(-1), torch.tensor([6, 4, 1])
+    generator = torch.Generator().manual_seed(3)
+    logp, lengths = torch.randn(3, 6, 3, generator=generator).log_softmax(-1), torch.tensor([6, 4, 1])
     logp[1, 4:] = float("nan")
     for row, path, n in zip(logp, viterbi(logp, lengths, torch.full((3,), penalty)), lengths.tolist()):
         value = lambda p: sum(row[t, s].item() for t, s in enumerate(p)) - penalty * sum(a != b for a, b in zip(p, p[1:]))
@@ -250,8 +250,8 @@ def test_padded_batches_give_the_frames_of_each_alone(encoder):
 @pytest.mark.parametrize("limit", [10, 35, 1000])
 def test_duration_batches_hold_all_once(limit):
     lengths = torch.randint(1, 40, (50,), generator=torch.Generator().manual_seed(0)).tolist()
-    for dice in (None, torch.Generator().manual_seed(1)):
-        batches = duration_batches(lengths, limit, generator=dice)
+    for generator in (None, torch.Generator().manual_seed(1)):
+        batches = duration_batches(lengths, limit, generator=generator)
         assert sorted(sum(batches, [])) == list(range(50))
         assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= limit for b in batches)
 
@@ -371,9 +371,9 @@ def test_command_on_a_folder(tmp_path, monkeypatch, capsys):
 
     from essl_nb.probes.command import essl_probe
 
-    rows, dice = ["id,path,language,voice,split"], np.random.default_rng(0)
+    rows, generator = ["id,path,language,voice,split"], np.random.default_rng(0)
     for i in range(16):
-        tone = np.sin(2 * np.pi * (300 + 600 * (i % 2)) * np.arange(16000) / 16000) * 0.3 + 0.01 * dice.standard_normal(16000)
+        tone = np.sin(2 * np.pi * (300 + 600 * (i % 2)) * np.arange(16000) / 16000) * 0.3 + 0.01 * generator.standard_normal(16000)
         soundfile.write(tmp_path / f"{i}.wav", tone, 16000)
         rows.append(f"c{i},{i}.wav,,v{i % 2},{'train' if i < 8 else 'test'}")
     (tmp_path / "manifest.csv").write_text("\n".join(rows))

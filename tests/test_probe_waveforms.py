@@ -31,11 +31,11 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("tones")
     rows, phones = ["id,path,split,speaker,part"], ["id,phone,start,end"]
     for i in range(20):
-        dice = np.random.default_rng(i)
-        order, size = dice.integers(4, size=6), 9600 + 70 * i
+        generator = np.random.default_rng(i)
+        order, size = generator.integers(4, size=6), 9600 + 70 * i
         t = np.arange(size) / 16000
         heights = 300.0 * 2 ** order[np.minimum(np.arange(size) // 1600, 5)]
-        tone = 0.3 * np.sin(2 * np.pi * np.cumsum(heights) / 16000) + 0.01 * dice.standard_normal(size)
+        tone = 0.3 * np.sin(2 * np.pi * np.cumsum(heights) / 16000) + 0.01 * generator.standard_normal(size)
         tone = tone[:330] if i == 19 else tone
         soundfile.write(root / f"{i}.wav", tone, 16000)
         rows.append(f"c{i},{i}.wav,{('train', 'train', 'valid', 'test')[i // 2 % 4]},v{i % 2},x")

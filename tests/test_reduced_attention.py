@@ -232,14 +232,14 @@ def test_a_following_luna_needs_a_carry_and_gives_up_its_slots():
     first, second, causal = Luna(16, packed=4), Luna(16, packed=4), Luna(16, packed=4, causal=True)
     whole = {name for name, _ in second.named_parameters()}
     second.follow(), causal.follow()
-    assert whole - {name for name, _ in second.named_parameters()} == {"packed"} and causal.packed is not None and not causal.carries
+    assert whole - {name for name, _ in second.named_parameters()} == {"packed"} and causal.packed is not None and not causal.passes_state
     x, mask = small_batch(dtype=torch.float32)
     with pytest.raises(EsslError, match="follows another"):
         second(x, mask)
-    y, carry = first.mix(x, mask)
-    z, handed = second.mix(y, mask, carry)
-    assert handed["packed"].shape == carry["packed"].shape == (3, 4, 16)
-    assert second.maps(y, mask, carry)["weights"].values.shape == (3, 4, 21, 21)
+    y, layer_state = first.mix(x, mask)
+    z, handed = second.mix(y, mask, layer_state)
+    assert handed["packed"].shape == layer_state["packed"].shape == (3, 4, 16)
+    assert second.maps(y, mask, layer_state)["weights"].values.shape == (3, 4, 21, 21)
     z.sum().backward()
     assert all(p.grad is not None for m in (first, second) for p in m.parameters())
     assert isinstance(causal(x, mask), torch.Tensor) and frames_of(first(x)).shape == x.shape

@@ -209,8 +209,8 @@ class Stand:
         if kind == "cost":
             return {"card": what["card"], "mixer": what["mixer"], "rtf": 0.01 if what["encoder"] == FIRST else 0.02, "points": [{"seconds": 1.0, "latency_s": 0.1}]}
         chance = {"pretrained": 0.6, "untrained": 0.4, "baseline": 0.5}[what["state"]] + (0.1 if what["encoder"] == FIRST else 0.0)
-        dice = np.random.default_rng(what.get("seed") or 0)
-        units = [[int(dice.binomial(100, chance)), 100] for _ in range(30)]
+        generator = np.random.default_rng(what.get("seed") or 0)
+        units = [[int(generator.binomial(100, chance)), 100] for _ in range(30)]
         low, high = bootstrap_interval(units)
         share = sum(u[0] for u in units) / 3000
         return {"probe": what["call"], "metric": "accuracy", "value": share, "low": low, "high": high, "n": 30, "count": 3000, "units": units,

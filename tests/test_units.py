@@ -26,10 +26,10 @@ def folder(tmp_path_factory):
     "Sixty clips of plain sound, and nothing else."
     import soundfile
 
-    root, dice = tmp_path_factory.mktemp("plain"), np.random.default_rng(0)
+    root, generator = tmp_path_factory.mktemp("plain"), np.random.default_rng(0)
     for i in range(60):
         heights = 200.0 * 2 ** (np.repeat((np.arange(10) + i) % 5, 800) / 2)
-        sound = 0.3 * np.sin(2 * np.pi * np.cumsum(heights) / 16000) + 0.01 * dice.standard_normal(8000)
+        sound = 0.3 * np.sin(2 * np.pi * np.cumsum(heights) / 16000) + 0.01 * generator.standard_normal(8000)
         soundfile.write(root / f"{i:02}.wav", sound, 16000)
     return root
 

@@ -44,8 +44,8 @@ def resampled(
     units = checked(units)
     if (scored := int((units[:, 1] > 0).sum())) < 2:
         raise EsslError(f"An interval needs at least two scored utterances; {scored} given. Score a larger split.")
-    dice = np.random.default_rng(derive_seed("bootstrap", len(units), seed))
-    times = dice.multinomial(len(units), np.full(len(units), 1 / len(units)), size=samples)
+    generator = np.random.default_rng(derive_seed("bootstrap", len(units), seed))
+    times = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=samples)
     right, total = (times @ units).T
     return np.divide(right, total, out=np.full(samples, np.nan), where=total > 0)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lengths_to_mask', 'mask_to_lengths', 'zero_pads', 'tracing', 'kind_of', 'check_lengths', 'mask_of', 'check_mask',
-           'masked_mean', 'masked_std', 'turning', 'turned', 'groups_of', 'pad_sequences']
+           'masked_mean', 'masked_std', 'reversal', 'reverse_frames', 'groups_of', 'pad_sequences']
 
 # %% ../../nbs/core/02_shapes.ipynb #a74c019f
 import torch
@@ -125,7 +125,7 @@ def masked_std(
     return masked_mean(zero_pads(away, mask) ** 2, mask).sqrt()
 
 # %% ../../nbs/core/02_shapes.ipynb #09666c3d
-def turning(
+def reversal(
     lengths: Tensor | None, # (B,) real frames; None = all
     T: int, # frames
 ) -> Tensor | None: # (B·T,) the row of (B·T,C) that each row comes from; None: all frames of all utterances
@@ -136,9 +136,9 @@ def turning(
     return (torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t) + b * T).flatten()
 
 
-def turned(
+def reverse_frames(
     x: Tensor, # (B,T,C)
-    rows: Tensor | None, # from `turning`
+    rows: Tensor | None, # from `reversal`
 ) -> Tensor: # (B,T,C)
     "The real frames in reverse, the padding where it is."
     return x.flip(1) if rows is None else x.flatten(0, 1).index_select(0, rows).view(x.shape)

@@ -43,13 +43,13 @@ def encoder_macs(
     N = int(round(seconds * front.spec.rate))
     (mel, lengths), features = counted(front.features, torch.zeros(1, N), torch.full((1,), N))
     (x, _), stem = counted(front, mel.to("meta"), lengths.to("meta"))
-    position, carry = 0, None
+    position, layer_state = 0, None
     if encoder.position is not None:
         x, position = counted(encoder.position, x)
     parts = {"features": features, "frontend": stem, "position": position, "mixer": 0, "rest": 0}
     for block in encoder.blocks:
-        _, mixing = counted(block.mixer.mix, x, None, carry)
-        (x, carry), whole = counted(block, x, None, carry)
+        _, mixing = counted(block.mixer.mix, x, None, layer_state)
+        (x, layer_state), whole = counted(block, x, None, layer_state)
         parts["mixer"] += mixing
         parts["rest"] += whole - mixing
     return {"frames": x.shape[1], **parts, "total": sum(parts.values())}
@@ -80,9 +80,9 @@ def training_macs(
     def forward_and_backward():
         with torch.enable_grad():
             x, _ = encoder.frontend(mel, lengths)
-            x, carry = x if encoder.position is None else encoder.position(x), None
+            x, layer_state = x if encoder.position is None else encoder.position(x), None
             for block in encoder.blocks:
-                x, carry = block(x, None, carry)
+                x, layer_state = block(x, None, layer_state)
             head(x).sum().backward()
 
     return counted(forward_and_backward)[1]

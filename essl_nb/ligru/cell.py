@@ -304,7 +304,7 @@ def drop_mask(
     p: float, # share of units that are silenced
     *,
     like: Tensor, # device and type
-    generator: torch.Generator | None = None, # torch's own dice without one
+    generator: torch.Generator | None = None, # None: torch's own
 ) -> Tensor: # (B,H): 0 or 1/(1-p)
     "One mask for all frames of an utterance, as recurrent dropout wants it (1512.05287)."
     keep = torch.full((batch, hidden), 1 - p, device=like.device, dtype=like.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..core.registry import EsslError
-from ..core.shapes import lengths_to_mask, turned, turning, zero_pads
+from ..core.shapes import lengths_to_mask, reverse_frames, reversal, zero_pads
 from ..core.transforms import under_transform
 from .cell import NORMALIZATIONS, BatchNorm, check_names, drop_mask
 from .custom_op import BACKENDS, Choice, explain_backend, light_recurrence, no_autocast
@@ -202,7 +202,7 @@ class Stack(LightGRU):
         real = None if lengths is None else lengths_to_mask(lengths, x.shape[1])  # (B,T)
         counted = real is not None and self.training and self.normalization == "batch"
         heard = real.flatten().nonzero()[:, 0] if counted else None  # (n,) what batch statistics are of
-        rows = turning(lengths, x.shape[1]) if self.bidirectional else None
+        rows = reversal(lengths, x.shape[1]) if self.bidirectional else None
         x, last = zero_pads(x, real).contiguous(), []
         for ways, h in zip(self.layers, h0.split(self.ways)):
             keys = [drop_mask(h.shape[0] * h.shape[1] // len(ways), self.hidden_size, self.dropout, like=way.u) if self.training and self.dropout else None for way in ways]
@@ -212,7 +212,7 @@ class Stack(LightGRU):
             else:
                 found = states(x, h, keys)
             last += [hs[:, -1] for hs in found]
-            x = found[0] if len(found) == 1 else torch.cat([found[0], turned(found[1], rows)], -1)  # (B,T,R·H)
+            x = found[0] if len(found) == 1 else torch.cat([found[0], reverse_frames(found[1], rows)], -1)  # (B,T,R·H)
             x = zero_pads(x, real)
         return x, torch.stack(last)
 
@@ -232,7 +232,7 @@ class Stack(LightGRU):
         apart = self.both_at_once(ways, x)
         wx, norms = zip(*(way(x, heard, apart or self.plain) for way in ways))  # (B,T,2H) each
         weights = [(way.u, way.gain, way.bias) for way in ways]
-        wx = wx[0], *(turned(w, rows) for w in (wx if self.shared_directions else wx[1:]))
+        wx = wx[0], *(reverse_frames(w, rows) for w in (wx if self.shared_directions else wx[1:]))
         if len(wx) == len(ways) and not apart:
             return tuple(loop(w, norm, start, drop, lengths, *own) for w, norm, start, drop, own in zip(wx, norms, h, drops, weights))
         together = lambda join, tensors: None if tensors[0] is None else join(tensors)

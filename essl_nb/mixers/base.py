@@ -101,7 +101,7 @@ class Mixer(nn.Module):
     needs_position = False  # True: knows no order, so the encoder adds sinusoids
     can_be_causal = True
     streams = True  # a causal one has `init_state` and `step`
-    carries = False  # True: hands something besides the frames to the next layer; forward then takes a `carry`, and returns one where hand_on=True
+    passes_state = False  # True: hands something besides the frames to the next layer; forward then takes a `layer_state`, and returns one where return_state=True
     max_frames = None  # the longest utterance that it can take; None: any
     why_not_causal = "it reads the whole utterance at once"
 
@@ -118,7 +118,7 @@ class Mixer(nn.Module):
     def __call__(self,
         x: Tensor, # (B,T,D)
         mask: Tensor | None = None, # (B,T) bool, True = real (torch's key_padding_mask is True in the padding: give ~key_padding_mask), real frames first; None = all real
-        *rest, **more, # a carry, where the mixer carries
+        *rest, **more, # a layer_state, where the mixer passes one on
     ) -> Tensor: # (B,T,D), zeros at padded frames
         "Check what is given, then `forward`, with its hooks. Raises EsslError for frames or a mask of another kind."
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.dim or not x.is_floating_point():
@@ -136,16 +136,16 @@ class Mixer(nn.Module):
     def mix(self,
         x: Tensor, # (B,T,D)
         mask: Tensor | None = None, # (B,T) bool, True = real
-        carry: dict | None = None, # what the layer before handed on, named tensors (B,…); None before the first
-    ) -> tuple: # (B,T,D) and the carry for the next layer
-        "Mix the frames and hand the carry on, changed by a mixer that `carries`, untouched by any other: what blocks call."
-        return self(x, mask, carry, hand_on=True) if self.carries else (self(x, mask), carry)
+        layer_state: dict | None = None, # what the layer before handed on, named tensors (B,…); None before the first
+    ) -> tuple: # (B,T,D) and the layer_state for the next layer
+        "Mix the frames and hand the layer state on, changed by a mixer that `passes_state`, untouched by any other: what blocks call."
+        return self(x, mask, layer_state, return_state=True) if self.passes_state else (self(x, mask), layer_state)
 
     def follow(self):
-        "Give up what only the first mixer of a stack needs, since the one before hands a carry on."
+        "Give up what only the first mixer of a stack needs, since the one before hands a layer_state on."
 
-    def blank_carry(self, batch: int, device=None) -> dict | None: # named tensors (B,…); None where none is needed
-        "A carry of the right shapes for a mixer that follows, for counting."
+    def empty_layer_state(self, batch: int, device=None) -> dict | None: # named tensors (B,…); None where none is needed
+        "A layer_state of the right shapes for a mixer that follows, for counting."
 
     def init_state(self,
         batch: int, # streams side by side
@@ -181,13 +181,13 @@ class Mixer(nn.Module):
         queries=None, # which output frames t, a list of int; all by default
         probes: int | None = 1, # random vectors for each output frame; None = exact
         generator: torch.Generator | None = None, # draws the probes
-        carry: dict | None = None, # what the layer before handed on
+        layer_state: dict | None = None, # what the layer before handed on
     ) -> Tensor: # (B,Q,T) the norms of ∂y_t/∂x_s
         "How strongly input frame s moves output frame t."
 
         def mix(many):
             again = lambda t: t.repeat(len(many) // len(x), *[1] * (t.ndim - 1))
-            handed = carry and {name: again(t.detach()) for name, t in carry.items()}
+            handed = layer_state and {name: again(t.detach()) for name, t in layer_state.items()}
             return self.mix(many, None if mask is None else again(mask), handed)[0]
 
         return influence(mix, x, queries=queries, probes=probes, generator=generator)
@@ -195,7 +195,7 @@ class Mixer(nn.Module):
     def macs(self, T: int) -> float: # multiply-accumulates of one utterance of T frames
         "Count one forward pass (matrix products, convolutions, attention, FFT) without running it."
         twin = copy.deepcopy(self).to("meta", torch.float32)
-        return count_macs(lambda: twin.mix(torch.empty(1, T, self.dim, device="meta"), None, self.blank_carry(1, "meta")))
+        return count_macs(lambda: twin.mix(torch.empty(1, T, self.dim, device="meta"), None, self.empty_layer_state(1, "meta")))
 
     def state_bytes(self, T: int) -> int | None: # bytes of one float32 stream; None where the mixer does not stream
         "Size of what a stream remembers after T frames."

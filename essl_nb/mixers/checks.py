@@ -80,7 +80,7 @@ def same(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-9):
 
 
 def frames_of(out): # (B,T,D)
-    "The frames among what a mixer gives back: some hand a carry on too."
+    "The frames among what a mixer gives back: some hand a layer_state on too."
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -218,21 +218,21 @@ def check_empty_row(entry, causal, training):
         assert g.isfinite().all(), f"the gradient of {name} is not finite"
 
 # %% ../../nbs/mixers/02_checks.ipynb #b66ec7d6
-@check("carry")
+@check("layer_state")
 def check_carry(entry, causal, training):
     "What a layer hands on obeys the padding law as its frames do, and the next layer takes it up."
     first, second = (small_mixer(entry, causal=causal, training=training, seed=seed) for seed in (0, 1))
-    if not first.carries:
+    if not first.passes_state:
         handed = {"something": torch.ones(3, 1)}
-        assert first.mix(*small_batch(), handed)[1] is handed, "it touches a carry although it is declared to hand nothing on"
+        assert first.mix(*small_batch(), handed)[1] is handed, "it touches a layer_state although it is declared to hand nothing on"
         return
     second.follow()
 
     def stack(x, mask=None):
-        y, carry = first.mix(x, mask)
-        assert carry and all(isinstance(v, Tensor) and len(v) == len(x) for v in carry.values()), "its carry is not a dict of tensors (B,…)"
-        z, last = second.mix(y, mask, carry)
-        return {"frames of the second layer": z, **carry, **{f"{k}, second layer": v for k, v in last.items()}}
+        y, layer_state = first.mix(x, mask)
+        assert layer_state and all(isinstance(v, Tensor) and len(v) == len(x) for v in layer_state.values()), "its layer_state is not a dict of tensors (B,…)"
+        z, last = second.mix(y, mask, layer_state)
+        return {"frames of the second layer": z, **layer_state, **{f"{k}, second layer": v for k, v in last.items()}}
 
     x, mask = small_batch()
     clean, spoilt = stack(x, mask), stack(small_batch(pads=torch.nan)[0], mask)
@@ -242,7 +242,7 @@ def check_carry(entry, causal, training):
         for name, alone in stack(x[b : b + 1, :n]).items():
             whole = clean[name][b : b + 1]
             same(alone, whole[:, :n] if name.startswith("frames") else whole, f"{name} of utterance {b} alone and in the batch")
-    assert (clean["frames of the second layer"] - second.mix(first.mix(x, mask)[0], mask, {k: 0 * v for k, v in first.mix(x, mask)[1].items()})[0]).abs().max() > 0, "the second layer does not read the carry"
+    assert (clean["frames of the second layer"] - second.mix(first.mix(x, mask)[0], mask, {k: 0 * v for k, v in first.mix(x, mask)[1].items()})[0]).abs().max() > 0, "the second layer does not read the layer_state"
 
 # %% ../../nbs/mixers/02_checks.ipynb #900c256f
 @check("causality", each_form=False)

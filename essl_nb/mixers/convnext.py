@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from .base import Map, Mixer, mixers
 from ..ops.temporal import depthwise
-from ..ops.tiles import in_pieces
+from ..ops.tiles import in_tiles
 
 # %% ../../nbs/mixers/14_convnext.ipynb #705667d2
 @mixers.register("convnext", family="convolution", complexity="T", paper="2201.03545", tiny=dict(kernel=5), grid=dict(kernel=[7, 15, 31, 63]))
@@ -39,7 +39,7 @@ class ConvNeXt(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return in_pieces(self.filter, x, mask, before=self.inner, past=self.past, future=self.kernel - 1 - self.past, width=self.dim, layers=self)
+        return in_tiles(self.filter, x, mask, before=self.inner, past=self.past, future=self.kernel - 1 - self.past, width=self.dim, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from .base import Map, Mixer, mixers
 from ..ops.temporal import depthwise
-from ..ops.tiles import in_pieces, sum_pieces
+from ..ops.tiles import in_tiles, sum_tiles
 
 # %% ../../nbs/mixers/15_convnext_block.ipynb #7c590c07
 class ConvNeXtStem(Mixer):
@@ -43,7 +43,7 @@ class ConvNeXtStem(Mixer):
 
     def over_time(self, f, x: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D) → (B,T,·)
         "`f`, which begins with the filter, with silence around."
-        return in_pieces(f, x, mask, past=self.past, future=self.future, width=self.inner.out_features, layers=self)
+        return in_tiles(f, x, mask, past=self.past, future=self.future, width=self.inner.out_features, layers=self)
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "kernel": Map (k,D)
         "The filters, over the offset of the input frame."
@@ -101,7 +101,7 @@ class ResponseNorm(nn.Module):
     ) -> tuple: # (B,T,D) and the new sum of squares (B,1,D)
         "Scale each feature by its share of strength."
         squares = lambda part: part.to(torch.promote_types(h.dtype, torch.float32)).square()
-        total = before + (squares(h).cumsum(1) if self.causal else sum_pieces(squares, h, width=h.shape[2]))  # (B,T or 1,D)
+        total = before + (squares(h).cumsum(1) if self.causal else sum_tiles(squares, h, width=h.shape[2]))  # (B,T or 1,D)
         strength = total.clamp(min=torch.finfo(total.dtype).tiny).sqrt()
         share = strength / (strength.mean(-1, keepdim=True) + 1e-6)
         gain = (1 + self.weight * share).to(h.dtype)
@@ -125,7 +125,7 @@ class ConvNeXtV2(ConvNeXtStem):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D), to be added to x"
         h = self.over_time(self.hidden, x, mask)  # (B,T,expand·D)
-        return in_pieces(self.outer, self.response(h)[0], mask, width=h.shape[2], layers=self.outer)
+        return in_tiles(self.outer, self.response(h)[0], mask, width=h.shape[2], layers=self.outer)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame, and no strength."

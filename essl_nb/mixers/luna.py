@@ -39,7 +39,7 @@ def running_attention(
 @mixers.register("luna", family="reduced attention", complexity="T", paper="2106.01540", tiny=dict(num_heads=2, packed=4), grid=dict(packed=[8, 16, 64]))
 class Luna(Mixer):
     "Slots attend to the frames, frames attend to the slots; the slots are handed from layer to layer."
-    carries = True
+    passes_state = True
     needs_position = True
 
     def __init__(self,
@@ -52,7 +52,7 @@ class Luna(Mixer):
         super().__init__(dim, causal=causal)
         if packed < 1 or num_heads < 1 or dim % num_heads:
             raise EsslError(f"packed={packed}, num_heads={num_heads}, dim={dim} were given: take one slot or more, and a number of heads that goes into dim without rest.")
-        self.num_heads, self.carries = num_heads, not causal
+        self.num_heads, self.passes_state = num_heads, not causal
         self.packed, self.slots = nn.Parameter(torch.randn(packed, dim)), packed
         self.pack_query, self.query_context, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         if not causal:
@@ -60,10 +60,10 @@ class Luna(Mixer):
 
     def follow(self):
         "Give up the learnt slots, where the layer before hands on its own."
-        if self.carries:
+        if self.passes_state:
             self.packed = None
 
-    def blank_carry(self, batch: int, device=None) -> dict | None: # {packed: (B,l,D)} where it follows
+    def empty_layer_state(self, batch: int, device=None) -> dict | None: # {packed: (B,l,D)} where it follows
         "Slots without contents."
         return {"packed": torch.zeros(batch, self.slots, self.dim, device=device)} if self.packed is None else None
 
@@ -71,11 +71,11 @@ class Luna(Mixer):
         "Part the features among the heads."
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def pack(self, c: Tensor, mask: Tensor | None, carry: dict | None) -> tuple: # slots, their queries and what they have packed
+    def pack(self, c: Tensor, mask: Tensor | None, layer_state: dict | None) -> tuple: # slots, their queries and what they have packed
         "The first attention: (B,l,D), (B,H,l,K) and (B,H,l,K) from c (B,H,T,K)."
-        if carry is None and self.packed is None:
-            raise EsslError("This Luna follows another one: give it the carry that the other's mix returns, or call mix on both.")
-        slots = self.packed_norm(self.packed if carry is None else carry["packed"]).expand(c.shape[0], -1, -1)
+        if layer_state is None and self.packed is None:
+            raise EsslError("This Luna follows another one: give it the layer_state that the other's mix returns, or call mix on both.")
+        slots = self.packed_norm(self.packed if layer_state is None else layer_state["packed"]).expand(c.shape[0], -1, -1)
         query = self.split(self.pack_query(slots))
         seen = None if mask is None else (mask | ~mask.any(1, keepdim=True))[:, None, None]  # (B,1,1,T)
         return slots, query, attend(query, c, c, seen)
@@ -90,18 +90,18 @@ class Luna(Mixer):
             y, u, sums = running_attention(q * scale, c, a, sums.to(c.dtype), count)
         return y, u, a, sums
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None, *, hand_on: bool = False):
-        "(B,T,D), (B,T), {packed: (B,l,D)} → (B,T,D); with hand_on=True, which `mix` says, {packed: (B,l,D)} beside it"
+    def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None, *, return_state: bool = False):
+        "(B,T,D), (B,T), {packed: (B,l,D)} → (B,T,D); with return_state=True, which `mix` says, {packed: (B,l,D)} beside it"
         x = zero_pads(x, mask)
         if self.causal:
             y = self.unpack_causal(x, **self.fresh(x.shape[0], x.device, x.dtype))[0]
             return zero_pads(self.join(y.to(x.dtype)), mask)
         q, c = (self.split(z) for z in self.query_context(x).chunk(2, -1))
-        slots, _, pc = self.pack(c, mask, carry)
+        slots, _, pc = self.pack(c, mask, layer_state)
         pc = pc.transpose(1, 2).flatten(2)  # (B,l,D)
         k = self.split(self.packed_context(pc))
         y = zero_pads(self.join(attend(q, k, k)), mask)
-        return (y, {"packed": slots + pc}) if hand_on else y
+        return (y, {"packed": slots + pc}) if return_state else y
 
     def join(self, y: Tensor) -> Tensor: # (B,H,T,K) → (B,T,D)
         "Put the heads side by side and mix their features."
@@ -121,7 +121,7 @@ class Luna(Mixer):
         y, _, _, sums = self.unpack_causal(x, state["sums"], state["count"])
         return self.join(y.to(x.dtype)), {"sums": sums, "count": state["count"] + x.shape[1]}
 
-    def maps(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> dict: # "weights": Map (B,H,T,T)
+    def maps(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> dict: # "weights": Map (B,H,T,T)
         "Unpack weights times pack weights of each head, rows scaled to sum 1 in the causal form; rows of padded frames are 0."
         x = zero_pads(x, mask)
         q, c = (self.split(z) for z in self.query_context(x).chunk(2, -1))
@@ -130,7 +130,7 @@ class Luna(Mixer):
             weights = (u @ a.mT).tril()
             weights = weights / weights.sum(-1, keepdim=True)
         else:
-            _, query, pc = self.pack(c, mask, carry)
+            _, query, pc = self.pack(c, mask, layer_state)
             k = self.split(self.packed_context(pc.transpose(1, 2).flatten(2)))
             scores = query @ c.mT / c.shape[-1] ** 0.5  # (B,H,l,T)
             if mask is not None:

@@ -17,7 +17,7 @@ from ..core.shapes import zero_pads
 from .base import Mixer, mixers
 from ..ops.scan import selective_scan
 from ..ops.temporal import depthwise, reverse_within
-from ..ops.tiles import by_pieces, piece_frames
+from ..ops.tiles import by_tiles, tile_frames
 
 # %% ../../nbs/mixers/21_mamba.ipynb #4e4f167f
 class SelectiveSSM(nn.Module):
@@ -59,7 +59,7 @@ class SelectiveSSM(nn.Module):
             y, past, state = self(x[:, s], past, state)
             return y
 
-        return by_pieces(piece, x, piece_frames(x, x.shape[2], self))
+        return by_tiles(piece, x, tile_frames(x, x.shape[2], self))
 
 # %% ../../nbs/mixers/21_mamba.ipynb #bb16b54e
 @mixers.register("mamba", family="recurrent", complexity="T", paper="2312.00752", tiny=dict(d_state=4), grid=dict(d_state=[8, 16], expand=[1, 2]))
@@ -94,7 +94,7 @@ class Mamba(Mixer):
         if not self.causal:
             y.append(reverse_within(self.back.whole(reverse_within(x, mask)), mask))
         gated = lambda s: self.out_proj((sum(way[:, s] for way in y) * F.silu(z[:, s])).to(self.ahead.D.dtype))
-        return zero_pads(by_pieces(gated, z, piece_frames(z, self.inner, self.out_proj)), mask)
+        return zero_pads(by_tiles(gated, z, tile_frames(z, self.inner, self.out_proj)), mask)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Silence before the convolution, and zeros."

@@ -14,7 +14,7 @@ from ..core.registry import EsslError
 from ..core.shapes import masked_mean
 from .base import Map, Mixer, mixers
 from ..ops.temporal import depthwise, running_mean
-from ..ops.tiles import in_pieces
+from ..ops.tiles import in_tiles
 
 # %% ../../nbs/mixers/16_mbconv.ipynb #6b898b02
 class Affine(nn.Module):
@@ -103,12 +103,12 @@ class InvertedBottleneck(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D), to be added to x"
         span = dict(past=self.past, future=self.kernel - 1 - self.past, width=self.inside, layers=self)
-        h = in_pieces(self.convolve, x, mask, before=self.before, **span)  # (B,T,expand·D), zeros in the padding
+        h = in_tiles(self.convolve, x, mask, before=self.before, **span)  # (B,T,expand·D), zeros in the padding
         gate = None if self.excite is None else self.excite.of(h, mask).to(h.dtype)
         if gate is not None and self.causal:
             h, gate = h * gate, None
         close = lambda h: self.last_norm(self.project(h if gate is None else h * gate))
-        return in_pieces(close, h, mask, width=self.inside, layers=self.project)
+        return in_tiles(close, h, mask, width=self.inside, layers=self.project)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Silence, and an empty sum where there are gates."

@@ -17,7 +17,7 @@ from ..core.shapes import mask_to_lengths, tracing, zero_pads
 from ..core.traced import exporting_onnx
 from .base import Map, Mixer, mixers
 from ..ops.temporal import depthwise
-from ..ops.tiles import in_pieces
+from ..ops.tiles import in_tiles
 
 # %% ../../nbs/mixers/12_mlp_asr.ipynb #9033e4d9
 class GatedMLP(Mixer):
@@ -51,7 +51,7 @@ class GatedMLP(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return in_pieces(self.gated, x, mask, before=self.halves, past=self.past, future=self.future, width=2 * self.half, layers=self)
+        return in_tiles(self.gated, x, mask, before=self.halves, past=self.past, future=self.future, width=2 * self.half, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "The silence before the first frame."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.registry import EsslError
 from .base import Mixer, mixers
-from ..ops.tiles import in_pieces
+from ..ops.tiles import in_tiles
 
 # %% ../../nbs/mixers/11_mlp_mixer.ipynb #ed66960f
 @mixers.register("mlp_mixer", family="fourier", complexity="T", paper="2105.01601", tiny=dict(crop=16), grid=dict(crop=[25, 50, 100]))
@@ -45,4 +45,4 @@ class MLPMixer(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         wide = -(-self.inner.out_features * self.dim // self.crop)  # hidden numbers for each frame
-        return in_pieces(self.over_crops, x, mask, width=max(self.dim, wide), multiple=self.crop)
+        return in_tiles(self.over_crops, x, mask, width=max(self.dim, wide), multiple=self.crop)

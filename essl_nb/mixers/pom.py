@@ -14,7 +14,7 @@ from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Map, Mixer, mixers
 from ..ops.temporal import running_mean
-from ..ops.tiles import in_pieces, sum_pieces
+from ..ops.tiles import in_tiles, sum_tiles
 
 # %% ../../nbs/mixers/18_pom.ipynb #868fb935
 @mixers.register("pom", family="pooling", complexity="T", paper="2603.00683", tiny=dict(degree=3, expand=1), grid=dict(degree=[2, 3, 4], expand=[1, 2]))
@@ -53,8 +53,8 @@ class PoM(Mixer):
             x = zero_pads(x, mask)
             return zero_pads(self.read(x, running_mean(self.moments(x))[0]), mask)
         frames = x.shape[1] if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
-        state = sum_pieces(self.moments, x, mask, width=self.wide, layers=self.factors) / frames  # (B,1,k·e·D)
-        return in_pieces(lambda part: self.read(part, state), x, mask, width=self.wide, layers=self)
+        state = sum_tiles(self.moments, x, mask, width=self.wide, layers=self.factors) / frames  # (B,1,k·e·D)
+        return in_tiles(lambda part: self.read(part, state), x, mask, width=self.wide, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "An empty sum."

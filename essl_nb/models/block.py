@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError, Registry
 from ..core.shapes import zero_pads
 from ..mixers.base import build_mixer
-from ..ops.tiles import in_pieces
+from ..ops.tiles import in_tiles
 
 # %% ../../nbs/models/05_block.ipynb #6f0081bf
 blocks = Registry("block", home=("essl_nb.models",))
@@ -28,7 +28,7 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         "(B,T,D) → (B,T,D)"
-        return in_pieces(super().forward, x, width=self.width, layers=self)
+        return in_tiles(super().forward, x, width=self.width, layers=self)
 
 # %% ../../nbs/models/05_block.ipynb #ad8d57f5
 class Block(nn.Module):
@@ -49,10 +49,10 @@ class Block(nn.Module):
         self.mixer_norm = nn.Identity() if self.mixer.whole_block else nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def mixed(self, x: Tensor, mask: Tensor | None, carry: dict | None) -> tuple: # (B,T,D), carry
+    def mixed(self, x: Tensor, mask: Tensor | None, layer_state: dict | None) -> tuple: # (B,T,D), layer_state
         "What the mixer adds to the frames, and what it hands on."
-        y, carry = self.mixer.mix(zero_pads(self.mixer_norm(x), mask), mask, carry)
-        return self.dropout(y), carry
+        y, layer_state = self.mixer.mix(zero_pads(self.mixer_norm(x), mask), mask, layer_state)
+        return self.dropout(y), layer_state
 
 # %% ../../nbs/models/05_block.ipynb #049f8aa2
 @blocks.register("transformer", paper="2002.04745")
@@ -72,13 +72,13 @@ class TransformerBlock(Block):
         if not self.mixer.whole_block:
             self.ff_norm, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult=ff_mult, dropout=dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> tuple:
+    def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:
         "(B,T,D), (B,T), what the block before handed on → (B,T,D), what this one hands on"
-        y, carry = self.mixed(x, mask, carry)
+        y, layer_state = self.mixed(x, mask, layer_state)
         x = x + y
         if not self.mixer.whole_block:
             x = x + self.ff(self.ff_norm(x))
-        return zero_pads(x, mask), carry
+        return zero_pads(x, mask), layer_state
 
 # %% ../../nbs/models/05_block.ipynb #083e434d
 @blocks.register("postnorm", paper="1706.03762")
@@ -100,8 +100,8 @@ class PostNormBlock(Block):
             raise EsslError(f"{mixer!r} is a whole block with a norm in front; it cannot stand in a post-norm block. Take block='transformer'.")
         self.ff_norm, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult=ff_mult, dropout=dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> tuple:
+    def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:
         "(B,T,D), (B,T), what the block before handed on → (B,T,D), what this one hands on"
-        y, carry = self.mixer.mix(x, mask, carry)
+        y, layer_state = self.mixer.mix(x, mask, layer_state)
         x = self.mixer_norm(x + self.dropout(y))
-        return zero_pads(self.ff_norm(x + self.ff(x)), mask), carry
+        return zero_pads(self.ff_norm(x + self.ff(x)), mask), layer_state

@@ -14,7 +14,7 @@ from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .block import Block, FeedForward, blocks
 from ..ops.temporal import depthwise
-from ..ops.tiles import in_pieces
+from ..ops.tiles import in_tiles
 
 # %% ../../nbs/models/07_conformer.ipynb #7e30ff13
 class DepthwiseConv(nn.Conv2d):
@@ -38,7 +38,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return in_pieces(self.within, x, mask, past=self.past, future=self.future, width=x.shape[2])
+        return in_tiles(self.within, x, mask, past=self.past, future=self.future, width=x.shape[2])
 
 # %% ../../nbs/models/07_conformer.ipynb #ea40c2d4
 class ConvolutionModule(nn.Module):
@@ -59,7 +59,7 @@ class ConvolutionModule(nn.Module):
         "(B,T,D), (B,T) → (B,T,D)"
         before = lambda x: F.glu(self.inner(self.norm(x)))  # (B,T,D)
         after = lambda z: self.outer(F.silu(self.filter_norm(self.filter.within(z))))
-        return in_pieces(after, x, mask, before=before, past=self.filter.past, future=self.filter.future, width=self.inner.out_features, layers=self)
+        return in_tiles(after, x, mask, before=before, past=self.filter.past, future=self.filter.future, width=self.inner.out_features, layers=self)
 
 # %% ../../nbs/models/07_conformer.ipynb #134a9ddb
 @blocks.register("conformer", paper="2005.08100")
@@ -84,14 +84,14 @@ class ConformerBlock(Block):
         self.remembered = self.convolution.filter.past * dim
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> tuple:
+    def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:
         "(B,T,D), (B,T), what the block before handed on → (B,T,D), what this one hands on"
         x = zero_pads(x, mask)
         x = x + self.first(x) / 2
-        y, carry = self.mixed(x, mask, carry)
+        y, layer_state = self.mixed(x, mask, layer_state)
         x = x + y
         x = x + self.dropout(self.convolution(x, mask))
-        return zero_pads(self.norm(x + self.last(x) / 2), mask), carry
+        return zero_pads(self.norm(x + self.last(x) / 2), mask), layer_state
 
 # %% ../../nbs/models/07_conformer.ipynb #04a473de
 class GatedBranch(nn.Module):
@@ -120,7 +120,7 @@ class GatedBranch(nn.Module):
             return self.gate_norm(b), a
 
         after = lambda b, a: self.outer(a * self.gate.within(b))
-        return in_pieces(after, x, mask, before=before, past=self.gate.past, future=self.gate.future, width=self.inner.out_features, layers=self)
+        return in_tiles(after, x, mask, before=before, past=self.gate.past, future=self.gate.future, width=self.inner.out_features, layers=self)
 
 # %% ../../nbs/models/07_conformer.ipynb #5e9ee755
 @blocks.register("branchformer", paper="2207.02971")
@@ -143,9 +143,9 @@ class BranchformerBlock(Block):
         self.remembered = self.local.gate.past * self.local.gate.in_channels
         self.merge, self.norm = nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, carry: dict | None = None) -> tuple:
+    def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:
         "(B,T,D), (B,T), what the block before handed on → (B,T,D), what this one hands on"
         x = zero_pads(x, mask)
-        y, carry = self.mixed(x, mask, carry)
+        y, layer_state = self.mixed(x, mask, layer_state)
         both = torch.cat([y, self.dropout(self.local(x, mask))], -1)  # (B,T,2D)
-        return zero_pads(self.norm(x + self.merge(both)), mask), carry
+        return zero_pads(self.norm(x + self.merge(both)), mask), layer_state

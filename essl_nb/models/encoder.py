@@ -135,14 +135,14 @@ class Encoder(Hub, nn.Module):
         lengths = torch.full((x.shape[0],), x.shape[1], device=x.device) if lengths is None else lengths
         if self.norm_first:
             x = zero_pads(self.norm(x), mask)
-        layers, carry = [x], None
+        layers, layer_state = [x], None
         for block in self.blocks:
-            x, carry = block(x, mask, carry)
+            x, layer_state = block(x, mask, layer_state)
             layers.append(x)
         return Encoded(x if self.norm_first else zero_pads(self.norm(x), mask), lengths, layers)
 
     @torch.no_grad()
-    def mixer_inputs(self, mel: Tensor, lengths: Tensor) -> list: # depth × (frames (B,T,D), mask or None, carry or None)
+    def mixer_inputs(self, mel: Tensor, lengths: Tensor) -> list: # depth × (frames (B,T,D), mask or None, layer_state or None)
         "What the mixer of each block is given, for looking at the mixers one by one."
         seen = []
         note = lambda mixer, given: seen.append((*given, None)[:3])

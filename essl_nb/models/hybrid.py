@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from .block import TransformerBlock, blocks
 from ..ops.temporal import depthwise
-from ..ops.tiles import in_pieces
+from ..ops.tiles import in_tiles
 
 # %% ../../nbs/models/06_hybrid.ipynb #b215f6f9
 class LocalBranch(nn.Module):
@@ -35,7 +35,7 @@ class LocalBranch(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         after = lambda z: self.outer(F.gelu(depthwise(z, self.filter.weight, self.filter.bias)))  # z (B,T+k-1,D)
-        return in_pieces(after, x, mask, before=self.norm, past=self.past, future=self.kernel - 1 - self.past, width=x.shape[2], layers=self)
+        return in_tiles(after, x, mask, before=self.norm, past=self.past, future=self.kernel - 1 - self.past, width=x.shape[2], layers=self)
 
 
 @blocks.register("hybrid")
@@ -56,7 +56,7 @@ class HybridBlock(TransformerBlock):
         self.local = LocalBranch(dim, kernel=kernel, causal=causal)
         self.remembered = self.local.past * dim
 
-    def mixed(self, x: Tensor, mask: Tensor | None, carry: dict | None) -> tuple: # (B,T,D), carry
+    def mixed(self, x: Tensor, mask: Tensor | None, layer_state: dict | None) -> tuple: # (B,T,D), layer_state
         "What mixer and branch add to the frames."
-        y, carry = super().mixed(x, mask, carry)
-        return y + self.dropout(self.local(x, mask)), carry
+        y, layer_state = super().mixed(x, mask, layer_state)
+        return y + self.dropout(self.local(x, mask)), layer_state

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.shapes import mask_to_lengths, turned, turning
+from ..core.shapes import mask_to_lengths, reverse_frames, reversal
 
 # %% ../../nbs/ops/02_temporal.ipynb #3a49b9b1
 def depthwise(
@@ -42,7 +42,7 @@ def reverse_within(
     mask: Tensor | None = None, # (B,T) bool, True = real, real frames first; None = all real
 ) -> Tensor: # (B,T,D)
     "Reverse the real frames of each utterance and leave the padded ones where they are; twice is not at all."
-    return turned(x, None if mask is None else turning(mask_to_lengths(mask), x.shape[1]))
+    return reverse_frames(x, None if mask is None else reversal(mask_to_lengths(mask), x.shape[1]))
 
 # %% ../../nbs/ops/02_temporal.ipynb #d6811f7c
 def attend(

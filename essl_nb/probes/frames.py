@@ -99,8 +99,8 @@ def statistics(
     seed: int = 0,
 ) -> tuple: # mean and standard deviation, each (L,D)
     "Per-dimension statistics of the frames."
-    dice = torch.Generator().manual_seed(derive_seed("statistics", len(frames), seed))
-    index = torch.randperm(len(frames), generator=dice)[:sample] if len(frames) > sample else torch.arange(len(frames))
+    generator = torch.Generator().manual_seed(derive_seed("statistics", len(frames), seed))
+    index = torch.randperm(len(frames), generator=generator)[:sample] if len(frames) > sample else torch.arange(len(frames))
     std, mean = torch.std_mean(frames.rows(index), dim=0, correction=0)
     return mean, std.clamp(min=1e-3)
 
@@ -281,9 +281,9 @@ class Source:
         "Every layer of a batch: (B,T,L,D) float32 and lengths (B,). `spans`: (T,) bool of each. Raises EsslError for frames that are not numbers."
         raw, lengths = pad_sequences(raws)
         span = pad_sequences(spans)[0].to(self.device) if spans else None
-        dice = torch.Generator(self.device).manual_seed(derive_seed("hiding noise", seed)) if spans else None
+        generator = torch.Generator(self.device).manual_seed(derive_seed("hiding noise", seed)) if spans else None
         with at_rest(self.encoder), torch.inference_mode(), autocast(self.precision, self.device):
-            out = self.encoder.from_features(raw.to(self.device), lengths.to(self.device), span=span, generator=dice)
+            out = self.encoder.from_features(raw.to(self.device), lengths.to(self.device), span=span, generator=generator)
         layers, lengths = torch.stack([x.float() for x in out.layers], 2).cpu(), out.lengths.cpu()
         check_frames(layers, lengths, names or range(len(raws)))
         return layers, lengths
@@ -369,9 +369,9 @@ def read_mel(source: Source, utterances: list, spans, keep, progress) -> Frames:
         mel = source.normal(source.mel(u))
         check_frames(mel[None], torch.tensor([len(mel)]), [u.id])
         if spans:
-            dice = torch.Generator().manual_seed(derive_seed("hiding noise", u.id))
+            generator = torch.Generator().manual_seed(derive_seed("hiding noise", u.id))
             hidden = spans[u.id].repeat_interleave(stride)[: len(mel)]
-            mel = torch.where(hidden[:, None], 0.1 * torch.randn(mel.shape, generator=dice, dtype=torch.float32), mel)
+            mel = torch.where(hidden[:, None], 0.1 * torch.randn(mel.shape, generator=generator, dtype=torch.float32), mel)
         frames = torch.arange(source.out_length(len(mel)))
         frames = frames[keep[u.id]] if keep else frames
         table.append(torch.nn.functional.pad(mel, (0, 0, room, room)).half())

@@ -75,14 +75,14 @@ def train_head(
     if not len(frames) or steps < 1 or batch < 1:
         raise EsslError(f"A head was to be trained on {len(frames)} frames in {steps} steps of {batch}; at least one of each is needed. "
             "Where there are no frames, give more recordings to the train split.")
-    dice = torch.Generator().manual_seed(derive_seed("head", head, len(frames), seed))
+    generator = torch.Generator().manual_seed(derive_seed("head", head, len(frames), seed))
     mean, std = statistics(frames, seed=seed)
-    model = LayerHead(mean, std, classes, head=head, generator=dice).to(device)
+    model = LayerHead(mean, std, classes, head=head, generator=generator).to(device)
     lr = heads.get(head).meta["lr"] if lr is None else lr
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in tqdm(range(steps), desc=name, unit="step", disable=not progress, leave=False):
-        index = torch.randint(len(frames), (batch,), generator=dice)
+        index = torch.randint(len(frames), (batch,), generator=generator)
         optimiser.zero_grad(set_to_none=True)
         loss = cross_entropy(model(frames.rows(index).to(device)), labels[index].to(device))
         loss.backward()

@@ -25,8 +25,8 @@ def hidden_frames(
 ) -> Tensor: # (T,) bool, True = hidden
     "The fixed mask of an utterance."
     span = max(1, round(span_ms / 1000 / frame_seconds))
-    dice = torch.Generator().manual_seed(derive_seed("masked phones", utterance.id, span, share))
-    return draw_spans(torch.tensor([T]), span=span, start_prob=start_prob_for(share, span), generator=dice)[0]
+    generator = torch.Generator().manual_seed(derive_seed("masked phones", utterance.id, span, share))
+    return draw_spans(torch.tensor([T]), span=span, start_prob=start_prob_for(share, span), generator=generator)[0]
 
 
 def by_utterance(frames, values: Tensor) -> list: # of tensors

@@ -25,7 +25,7 @@ from ..core.files import append_line, locked, read_lines
 from ..core.intervals import bootstrap_interval
 from ..core.machine import library_versions, machine_record
 from ..core.registry import EsslError
-from ..core.shapes import lengths_to_mask, turned, turning, zero_pads
+from ..core.shapes import lengths_to_mask, reverse_frames, reversal, zero_pads
 from ..data.corpus import load_corpus
 from ..ligru.cell import stability
 from ..ligru.layer import LiGRU, SLiGRU
@@ -43,9 +43,9 @@ class BothWays(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList(cell(size, hidden, batch_first=True) for _ in range(2)) for size in sizes)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple: # (B,T,2H), None
-        mask, rows = lengths_to_mask(lengths, x.shape[1]), turning(lengths, x.shape[1])
+        mask, rows = lengths_to_mask(lengths, x.shape[1]), reversal(lengths, x.shape[1])
         for ahead, back in self.layers:
-            x = torch.cat([ahead(x)[0], turned(back(turned(x, rows))[0], rows)], -1)
+            x = torch.cat([ahead(x)[0], reverse_frames(back(reverse_frames(x, rows))[0], rows)], -1)
             x = zero_pads(x, mask)
         return x, None
 

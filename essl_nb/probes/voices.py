@@ -24,8 +24,8 @@ def crop(
     *seed, # names the draw
 ) -> Piece:
     "The loudest of four places drawn at random."
-    dice = torch.Generator().manual_seed(derive_seed("crop", *seed))
-    starts = torch.randint(len(mel) - frames + 1, (4,), generator=dice).tolist()
+    generator = torch.Generator().manual_seed(derive_seed("crop", *seed))
+    starts = torch.randint(len(mel) - frames + 1, (4,), generator=generator).tolist()
     start = max(starts, key=lambda s: mel[s : s + frames].mean().item())
     return Piece(f"{utterance.id} from {start}, {frames} frames", utterance, start, frames)
 
@@ -73,8 +73,8 @@ def pick(
     "The training utterances of one draw."
     chosen = []
     for number, (name, utterances) in enumerate(members.items()):
-        dice = torch.Generator().manual_seed(derive_seed("shots", name, *seed))
-        chosen += [(utterances[i], number) for i in torch.randperm(len(utterances), generator=dice)[:shots].tolist()]
+        generator = torch.Generator().manual_seed(derive_seed("shots", name, *seed))
+        chosen += [(utterances[i], number) for i in torch.randperm(len(utterances), generator=generator)[:shots].tolist()]
     return chosen
 
 # %% ../../nbs/probes/06_voices.ipynb #cfa313db

@@ -57,10 +57,10 @@ def mixer_input(
     encoder, # an Encoder
     wav: Tensor, # (N,) samples in [-1, 1], 16 kHz
     layer: int, # 1 … depth
-) -> tuple: # (1,T,D) frames and the carry
+) -> tuple: # (1,T,D) frames and the layer_state
     "What the mixer of `layer` is given on a clip."
-    x, _, carry = encoder.mixer_inputs(*encoder.frontend.features(wav[None], torch.tensor([len(wav)])))[layer - 1]
-    return x, carry
+    x, _, layer_state = encoder.mixer_inputs(*encoder.frontend.features(wav[None], torch.tensor([len(wav)])))[layer - 1]
+    return x, layer_state
 
 # %% ../../nbs/viz/03_mixing.ipynb #aaf95b5f
 def along_the_diagonal(
@@ -77,11 +77,11 @@ def along_the_diagonal(
 def own_maps(
     mixer, # a Mixer
     x: Tensor, # (1,T,D)
-    carry: dict | None = None, # what the layer before handed on
+    layer_state: dict | None = None, # what the layer before handed on
 ) -> dict: # name -> (T,T) tensor
     "The mixer's own maps on `x`: heads averaged under the map's name, and one by one; filters along the diagonal; pools the same in each row."
     found, T = {}, x.shape[1]
-    for name, (kind, m) in (mixer.maps(x, None, carry) if mixer.carries else mixer.maps(x)).items():
+    for name, (kind, m) in (mixer.maps(x, None, layer_state) if mixer.passes_state else mixer.maps(x)).items():
         if kind == "kernel":
             found[name] = along_the_diagonal(m, T, mixer.causal)
         elif kind in ("weights", "pool"):
@@ -97,9 +97,9 @@ def map_kinds(
 ) -> list: # names, "influence" first
     "The kinds of map that a layer can show."
     mixer = mixer_at(encoder, layer)
-    x, carry = mixer_input(encoder, torch.zeros(encoder.frontend.spec.rate // 2), layer)
+    x, layer_state = mixer_input(encoder, torch.zeros(encoder.frontend.spec.rate // 2), layer)
     with torch.no_grad():
-        return [INFLUENCE, *own_maps(mixer, x, carry)]
+        return [INFLUENCE, *own_maps(mixer, x, layer_state)]
 
 # %% ../../nbs/viz/03_mixing.ipynb #6dd0d73f
 def influence_map(
@@ -115,13 +115,13 @@ def influence_map(
     encoder.eval()
     try:
         with plain_torch():
-            x, carry = mixer_input(encoder, wav, layer)
+            x, layer_state = mixer_input(encoder, wav, layer)
             if kind == INFLUENCE:
                 generator = torch.Generator().manual_seed(derive_seed("influence", layer))
-                values = mixer.influence(x, queries=list(range(0, x.shape[1], step)), generator=generator, carry=carry)[0]
+                values = mixer.influence(x, queries=list(range(0, x.shape[1], step)), generator=generator, layer_state=layer_state)[0]
             else:
                 with torch.no_grad():
-                    maps = own_maps(mixer, x, carry)
+                    maps = own_maps(mixer, x, layer_state)
                 if kind not in maps:
                     raise EsslError(f"Layer {layer} has no map called {kind!r}: {nearest(kind, [INFLUENCE, *maps])}.")
                 values = maps[kind][::step]
