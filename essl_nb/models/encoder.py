@@ -74,6 +74,7 @@ class Encoded(NamedTuple):
 # %% ../../nbs/models/12_encoder.ipynb #a26108b9
 class Encoder(Hub, nn.Module):
     "A stack of blocks over a front end; build it with `build_encoder`."
+    stored_as = "float32"  # how the weights lay in the file that they were read from
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -154,18 +155,22 @@ class Encoder(Hub, nn.Module):
                 hook.remove()
         return seen
 
+    def extra_repr(self) -> str:
+        "What is not float32 about its past."
+        return "" if self.stored_as == "float32" else f"weights were stored as {self.stored_as}"
+
     def parameter_count(self) -> int:
         "Trained numbers."
         return sum(p.numel() for p in self.parameters())
 
     def save(self,
         folder, # where; made if missing
-        dtype: torch.dtype | None = None, # store the trained weights in this type: torch.float16 halves the size
+        dtype: torch.dtype | None = None, # of the stored weights: torch.float16 halves the size, torch.int8 quarters it
     ) -> Path:
         "Write config.json and model.safetensors. Raises EsslError when the disk is full; an older checkpoint then stays whole."
-        buffers = dict(self.named_buffers())
-        shrink = lambda name, t: t.to(dtype) if dtype and name not in buffers and t.is_floating_point() else t
-        return write_checkpoint(folder, self.config, {name: shrink(name, t) for name, t in self.state_dict().items()})
+        state, trained = self.state_dict(), dict(self.named_parameters())
+        weights = {name: t for name, t in state.items() if name in trained}
+        return write_checkpoint(folder, self.config, weights, {name: t for name, t in state.items() if name not in trained}, dtype)
 
     @classmethod
     def load(cls, folder):
@@ -191,12 +196,13 @@ def load_encoder(
     folder, # what `encoder.save` wrote
     *,
     cls: type = Encoder, # what to make of it: Encoder, or a class of yours that is one
-) -> Encoder: # in float32, in evaluation mode
+) -> Encoder: # in float32, in evaluation mode; `stored_as` says in how many bits its weights were stored
     "Read an encoder back. Raises EsslError where files are missing, torn, or do not fit each other."
-    config, tensors = read_checkpoint(folder)
-    encoder = build_encoder(config, seed=0, cls=cls)
+    found = read_checkpoint(folder)
+    encoder = build_encoder(found.config, seed=0, cls=cls)
     try:
-        encoder.load_state_dict(tensors)
+        encoder.load_state_dict(found.tensors)
     except RuntimeError as e:
         raise EsslError(f"The weights in {folder} do not fit its config.json ({str(e).splitlines()[-1].strip()}); the two files come from different encoders.") from e
+    encoder.stored_as = found.stored_as
     return encoder.eval()
