@@ -1,5 +1,6 @@
 """The rules that keep the repository readable, as tests. CONTRIBUTING.md says why each is there."""
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -125,6 +126,17 @@ def test_no_import_leads_to_a_later_page_or_folder(path):
     here = ".".join(path.with_suffix("").parts)
     later = sorted(m for m in imported(path) if place[m] >= place[here])
     assert not later, f"{here} imports {', '.join(later)}, which a reader meets later: move what they share down, or the page up (docs/design.md, Folders)"
+
+
+SAID = re.compile(r"from essl_nb\.([\w.]+) import (\w+(?:, \w+)*)")
+
+
+@pytest.mark.parametrize("path", [p for p in [*NOTEBOOKS, *SOURCES, *(q.relative_to(ROOT) for q in ROOT.glob("docs/*.md")), Path("README.md")] if (ROOT / p).exists()], **ids)
+def test_what_code_prose_or_a_string_imports_is_there(path):
+    for module, listed in set(SAID.findall((ROOT / path).read_text(encoding="utf-8"))):
+        home = importlib.import_module(f"essl_nb.{module}")
+        for name in listed.split(", "):
+            assert hasattr(home, name) or (ROOT / "essl_nb" / module.replace(".", "/") / f"{name}.py").exists(), f"essl_nb.{module} has no {name}"
 
 
 def test_a_folder_has_one_class_of_a_name():

@@ -87,11 +87,11 @@ class Shelf:
         "The library lines that give the encoder."
         if key.startswith(TRAINED):
             imported, folder = folder_code(self.folder / key.removeprefix(TRAINED))
-            return f"{imported}from essl_nb.models.checkpoint import load_encoder\n\nencoder = load_encoder({folder})"
+            return f"{imported}from essl_nb import load_encoder\n\nencoder = load_encoder({folder})"
         lines = f"from essl_nb.models.config import EncoderConfig\nfrom essl_nb.models.encoder import build_encoder\n\nencoder = build_encoder(EncoderConfig(mixer={key.removeprefix(UNTRAINED)!r}), seed=0).eval()"
         if self.shipped():
             imported, folder = folder_code(self.folder / self.shipped()[0])
-            return f"{imported}from essl_nb.models.checkpoint import load_encoder\n{lines}\nknown = load_encoder({folder}).frontend\nencoder.frontend.set_statistics(known.mean, known.std)"
+            return f"{imported}from essl_nb import load_encoder\n{lines}\nknown = load_encoder({folder}).frontend\nencoder.frontend.set_statistics(known.mean, known.std)"
         return lines if self.statistics is None else f"from essl_nb.app.explorer import some_statistics\n{lines}\nencoder.frontend.set_statistics(*some_statistics(corpus))"
 
 # %% ../../nbs/app/07_shelf.ipynb #fe4b2557

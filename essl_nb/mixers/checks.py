@@ -218,7 +218,7 @@ def check_empty_row(entry, causal, training):
         assert g.isfinite().all(), f"the gradient of {name} is not finite"
 
 # %% ../../nbs/mixers/02_checks.ipynb #b66ec7d6
-@check("layer_state")
+@check("layer state")
 def check_carry(entry, causal, training):
     "What a layer hands on obeys the padding law as its frames do, and the next layer takes it up."
     first, second = (small_mixer(entry, causal=causal, training=training, seed=seed) for seed in (0, 1))
