@@ -24,6 +24,7 @@ from ..core.files import read_lines, write_json
 from ..core.intervals import bootstrap_interval, paired_interval, percentiles, ratio, resampled
 from ..core.registry import EsslError, nearest
 from ..mixers.base import mixers
+from ..models.checkpoint import STORED
 from ..models.config import EncoderConfig
 from ..models.encoder import load_encoder
 from .grid import key_of
@@ -354,7 +355,7 @@ def ship(
     *,
     seed: int | None = None, # which seed; None: the grid's first
 ) -> list: # of Path, one folder for each encoder
-    "Copy one checkpoint of each encoder in float16. Raises EsslError where a run has not been done."
+    "Copy one checkpoint of each encoder, its weights in eight bits. Raises EsslError where a run has not been done."
     folder = study.folder / "encoders" if folder is None else Path(folder)
     seed, known, made = study.grid.seeds[0] if seed is None else seed, known_rows(study.rows_file), []
     for cell in study.cells("run"):
@@ -364,7 +365,7 @@ def ship(
         if cell.key not in known or not study.has_weights(cell, known):
             raise EsslError(f"There are no weights of {cell} in {study.folder / 'runs'}; run the study with --only run first.")
         name = w["encoder"] if w["objective"] == study.grid.objectives[0].name else f"{w['encoder']}-{w['objective']}"
-        made.append(load_encoder(study.weights(cell, known) / "encoder").save(folder / name, dtype=torch.float16))
-        origin = {"run": known[cell.key]["key"], "objective": w["objective"], "seed": seed, "steps": known[cell.key]["value"]["steps"], "stored_as": "float16"}
+        made.append(load_encoder(study.weights(cell, known) / "encoder").save(folder / name, dtype=torch.int8))
+        origin = {"run": known[cell.key]["key"], "objective": w["objective"], "seed": seed, "steps": known[cell.key]["value"]["steps"], "stored_as": STORED[torch.int8]}
         write_json(folder / name / "origin.json", origin)
     return made
