@@ -64,7 +64,7 @@ def influence(
     *,
     queries=None, # which output frames t, a list of int; all by default
     probes: int | None = 1, # random vectors for each output frame; None takes all D unit vectors, which is exact
-    generator: torch.Generator | None = None, # draws the probes
+    generator: torch.Generator | None = None, # for the random probes
 ) -> Tensor: # (B,Q,T) the norms of ∂y_t/∂x_s
     "How strongly input frame s moves output frame t (Hutchinson's estimate of the Frobenius norm)."
     B, T, D = x.shape
@@ -180,7 +180,7 @@ class Mixer(nn.Module):
         *,
         queries=None, # which output frames t, a list of int; all by default
         probes: int | None = 1, # random vectors for each output frame; None = exact
-        generator: torch.Generator | None = None, # draws the probes
+        generator: torch.Generator | None = None, # for the random probes
         layer_state: dict | None = None, # what the layer before handed on
     ) -> Tensor: # (B,Q,T) the norms of ∂y_t/∂x_s
         "How strongly input frame s moves output frame t."

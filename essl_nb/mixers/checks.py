@@ -56,8 +56,8 @@ def small_batch(
     "Random frames with something in the padding."
     lengths = torch.tensor(lengths)
     mask = lengths_to_mask(lengths)
-    draw = torch.Generator().manual_seed(derive_seed("check", "frames"))
-    x = torch.randn(*mask.shape, DIM, generator=draw, dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(derive_seed("check", "frames"))
+    x = torch.randn(*mask.shape, DIM, generator=generator, dtype=torch.float64).to(dtype)
     return torch.where(mask[..., None], x, pads), mask
 
 # %% ../../nbs/mixers/02_checks.ipynb #d1b590a2
