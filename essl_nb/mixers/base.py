@@ -59,7 +59,7 @@ BUDGET = 2**24  # numbers in one repeated batch, counting about sixteen activati
 
 
 def influence(
-    mix, # (B,T,D) → (B,T,D), differentiable; a batch's rows do not meet in it
+    mix, # (B,T,D) → (B,T,D), differentiable; the rows of a batch are independent
     x: Tensor, # (B,T,D)
     *,
     queries=None, # which output frames t, a list of int; all by default
@@ -101,7 +101,7 @@ class Mixer(nn.Module):
     needs_position = False  # True: knows no order, so the encoder adds sinusoids
     can_be_causal = True
     streams = True  # a causal one has `init_state` and `step`
-    passes_state = False  # True: hands something besides the frames to the next layer; forward then takes a `layer_state`, and returns one where return_state=True
+    passes_state = False  # True: forward takes the `layer_state` of the layer before, and with return_state=True returns (frames, layer_state)
     max_frames = None  # the longest utterance that it can take; None: any
     why_not_causal = "it reads the whole utterance at once"
 
@@ -136,16 +136,16 @@ class Mixer(nn.Module):
     def mix(self,
         x: Tensor, # (B,T,D)
         mask: Tensor | None = None, # (B,T) bool, True = real
-        layer_state: dict | None = None, # what the layer before handed on, named tensors (B,…); None before the first
+        layer_state: dict | None = None, # of the layer before, named tensors (B,…); None in the first layer
     ) -> tuple: # (B,T,D) and the layer_state for the next layer
-        "Mix the frames and hand the layer state on, changed by a mixer that `passes_state`, untouched by any other: what blocks call."
+        "Mix the frames and return the layer state as well, which only a mixer that `passes_state` changes. Blocks call this."
         return self(x, mask, layer_state, return_state=True) if self.passes_state else (self(x, mask), layer_state)
 
     def follow(self):
-        "Give up what only the first mixer of a stack needs, since the one before hands a layer_state on."
+        "Drop the parameters that only the first mixer of a stack needs: the others get the layer state of the one before."
 
     def empty_layer_state(self, batch: int, device=None) -> dict | None: # named tensors (B,…); None where none is needed
-        "A layer_state of the right shapes for a mixer that follows, for counting."
+        "A layer_state of the right shapes for a mixer after the first, for counting."
 
     def init_state(self,
         batch: int, # streams side by side
@@ -153,7 +153,7 @@ class Mixer(nn.Module):
         device=None, # the parameters' device by default
         dtype=None, # the parameters' type by default
     ) -> dict: # named tensors
-        "What a stream remembers before its first frame. Raises EsslError where the mixer cannot stream."
+        "The state of a stream before its first frame. Raises EsslError where the mixer cannot stream."
         raise EsslError(f"{type(self).__name__} has no streaming form; use forward on whole utterances.")
 
     def step(self,
@@ -181,14 +181,14 @@ class Mixer(nn.Module):
         queries=None, # which output frames t, a list of int; all by default
         probes: int | None = 1, # random vectors for each output frame; None = exact
         generator: torch.Generator | None = None, # for the random probes
-        layer_state: dict | None = None, # what the layer before handed on
+        layer_state: dict | None = None, # of the layer before
     ) -> Tensor: # (B,Q,T) the norms of ∂y_t/∂x_s
         "How strongly input frame s moves output frame t."
 
         def mix(many):
-            again = lambda t: t.repeat(len(many) // len(x), *[1] * (t.ndim - 1))
-            handed = layer_state and {name: again(t.detach()) for name, t in layer_state.items()}
-            return self.mix(many, None if mask is None else again(mask), handed)[0]
+            repeated = lambda t: t.repeat(len(many) // len(x), *[1] * (t.ndim - 1))
+            state = layer_state and {name: repeated(t.detach()) for name, t in layer_state.items()}
+            return self.mix(many, None if mask is None else repeated(mask), state)[0]
 
         return influence(mix, x, queries=queries, probes=probes, generator=generator)
 
@@ -198,7 +198,7 @@ class Mixer(nn.Module):
         return count_macs(lambda: twin.mix(torch.empty(1, T, self.dim, device="meta"), None, self.empty_layer_state(1, "meta")))
 
     def state_bytes(self, T: int) -> int | None: # bytes of one float32 stream; None where the mixer does not stream
-        "Size of what a stream remembers after T frames."
+        "Size of a stream's state after T frames."
         if not (self.causal and self.streams):
             return None
         twin = copy.deepcopy(self).to("meta", torch.float32)
