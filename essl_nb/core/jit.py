@@ -180,7 +180,8 @@ class Implementation(CompileResultCacheImpl):
     "How a result is serialised: Numba's way. Where it is kept is decided later."
 
     def __init__(self, function):
-        self._lineno, self._py_file, self._locator = function.__code__.co_firstlineno, function.__code__.co_filename, self
+        self._lineno, self._py_file = function.__code__.co_firstlineno, function.__code__.co_filename
+        self._locator = self
         self._filename_base = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}-{self._lineno}".replace("<", "").replace(">", "")
 
     def ensure_cache_path(self):
@@ -191,7 +192,8 @@ class FunctionsCache(FunctionCache):
     "Numba's cache of one function, in a folder that is chosen when the first result exists. No failure here stops a computation."
 
     def __init__(self, function):
-        self._name, self._py_func, self._impl, self._cache_path, self._cache_file = repr(function), function, Implementation(function), None, None
+        self._name, self._py_func, self._impl = repr(function), function, Implementation(function)
+        self._cache_path = self._cache_file = None
         self.enable()
 
     def found(self) -> bool:

@@ -158,7 +158,8 @@ def read_mono(
     import soxr
 
     resampler = None if f.samplerate == rate else soxr.ResampleStream(f.samplerate, rate, 1, dtype="float32")
-    parts, count, block, powers = [], 0, 30 * f.samplerate, np.zeros(2)
+    parts, count, powers = [], 0, np.zeros(2)
+    block = 30 * f.samplerate  # samples: 30 s
     while True:
         x = f.read(block, dtype="int32" if check else "float32", always_2d=True)
         if check:

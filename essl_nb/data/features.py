@@ -259,8 +259,9 @@ def compute_features(
     path, workers = Path(path), thread_count(workers)
     path.parent.mkdir(parents=True, exist_ok=True)
     announce(clips, seconds, path.parent, spec, workers, progress)
-    lengths, faults, gone, silent, low = {}, {}, [], [], np.log(spec.floor) + 0.1
-    spread = RunningSpread(spec.n_mels)
+    lengths, faults = {}, {}  # id → frames; id → why it has none
+    gone, silent = [], []
+    low, spread = np.log(spec.floor) + 0.1, RunningSpread(spec.n_mels)
     with atomic_write(path) as part:
         with open(part, "wb") as out:
             mels = in_order(lambda clip: mel_of_file(clip[1], spec), clips, workers)

@@ -94,7 +94,8 @@ class Fastformer(Mixer):
         super().__init__(dim, causal=causal)
         if num_heads < 1 or dim % num_heads:
             raise EsslError(f"num_heads={num_heads} does not fit dim={dim}: take a number of heads that goes into dim without rest.")
-        self.num_heads, self.tied, K = num_heads, tied, dim // num_heads
+        self.num_heads, self.tied = num_heads, tied
+        K = dim // num_heads
         self.qkv = nn.Linear(dim, (2 if tied else 3) * dim)
         self.query_logit, self.key_logit = (nn.Parameter(torch.randn(num_heads, 1, K)) for _ in range(2))  # w_q, w_k
         self.transform = nn.Linear(dim, dim)

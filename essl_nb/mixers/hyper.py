@@ -63,7 +63,8 @@ class Hyper(Mixer):
         hidden = 4 * dim if hidden is None else hidden
         if num_heads < 1 or dim % num_heads or hidden % num_heads or hidden < num_heads:
             raise EsslError(f"num_heads={num_heads} does not fit dim={dim} and hidden={hidden}: take a number of heads that goes into both without rest.")
-        self.num_heads, self.tied, K, M = num_heads, tied, dim // num_heads, hidden // num_heads
+        self.num_heads, self.tied = num_heads, tied
+        K, M = dim // num_heads, hidden // num_heads
         self.hypernets = nn.ModuleList(HeadMLP(num_heads, K, M) for _ in range(1 if tied else 2))
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 

@@ -65,7 +65,8 @@ class Window(Attention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        (B, T, D), C, H = x.shape, self.chunk, self.num_heads
+        B, T, D = x.shape
+        C, H = self.chunk, self.num_heads
         N = groups_of(C, T)
         q, k, v = (F.pad(z.transpose(1, 2), (0, 0, 0, 0, 0, N * C - T)).view(B, N, C, H, -1) for z in self.heads(zero_pads(x, mask)))
         k, v = (neighbours(z, self.left, self.right).flatten(0, 1).transpose(1, 2) for z in (k, v))  # (B·N,H,S,K)
@@ -85,7 +86,8 @@ class Window(Attention):
 
     def portion(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "A few frames of a stream, which attend to the kept keys and to each other up to themselves."
-        n, past, start = x.shape[1], state["k"].shape[2], state["position"]
+        n, past = x.shape[1], state["k"].shape[2]
+        start = state["position"]
         q, k, v = self.heads(x, start)
         k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
         t, s = torch.arange(n, device=x.device)[:, None] + start, torch.arange(past + n, device=x.device) + start - past

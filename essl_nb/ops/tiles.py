@@ -39,7 +39,8 @@ def by_tiles(
     frames: int, # of a tile
 ) -> Tensor: # (B,T,·)
     "Concatenate the outputs of all tiles."
-    T, y, at = x.shape[1], None, 0
+    T, y = x.shape[1], None
+    at = 0  # frames of the output so far
     if T <= frames:
         return f(slice(0, T))
     for start in range(0, T, frames):
@@ -119,8 +120,9 @@ def sum_tiles(
     layers: nn.Module | None = None, # whose weights every tile reads again
 ) -> Tensor: # (B,1,E)
     "The sum of `f` over the real frames."
-    T, frames, total = x.shape[1], tile_frames(x, width, layers), 0
-    for start in [0] if T <= frames else range(0, T, frames):  # a range over a symbol would fix it
+    T, frames = x.shape[1], tile_frames(x, width, layers)
+    total = 0
+    for start in [0] if T <= frames else range(0, T, frames):  # a range over a symbol would specialise it
         part = x[:, start : start + frames]
         real_mask = None if mask is None else mask[:, start : start + frames]
         terms = zero_pads(f(zero_pads(part, real_mask)), real_mask)

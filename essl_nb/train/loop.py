@@ -94,7 +94,8 @@ def train(
     progress: bool, # show a bar
 ) -> tuple: # health, why it ended early or None, the signal that stopped it or 0
     "Step after step, until the last one, a collapse, or a stop signal."
-    stopped, health, asked, steps = None, None, 0, run.stages[-1]
+    stopped = health = None
+    asked, steps = 0, run.stages[-1]
     with closing(bar_for(run, progress)) as bar:
         while run.step < steps and not stopped and not asked:
             row = train_step(run)

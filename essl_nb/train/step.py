@@ -233,12 +233,13 @@ def backward(run: Run, i: int, mine: range) -> dict: # numbers for the log, befo
             _, loss, span, mask = run.forward(batch, generator)
             (loss.total / len(mine)).backward()
     seen = dict(loss=loss.total.detach(), **loss.parts, masked_share=span.sum() / mask.sum())
-    return {**{k: float(v) for k, v in seen.items()}, "seconds": float(batch.lengths.sum() / 100)}
+    return {**{k: float(v) for k, v in seen.items()}, "seconds": float(batch.lengths.sum() / 100)}  # of sound
 
 
 def train_step(run: Run) -> dict: # numbers for the log
     "One optimiser step on `batches_per_step` batches; one whose loss or gradient is not finite changes nothing and is counted."
-    c, sums, mine = run.config, {}, range(run.ranks.rank, run.batches_per_step, run.ranks.world)
+    c, sums = run.config, {}
+    mine = range(run.ranks.rank, run.batches_per_step, run.ranks.world)  # batches of this process
     rate = staged_rate(run.step, run.stages, peak=c.lr, warmup=c.warmup, floor=c.floor)
     for group in run.optimiser.param_groups:
         group["lr"] = rate
@@ -257,7 +258,9 @@ def train_step(run: Run) -> dict: # numbers for the log
         with torch.no_grad():
             for b, old in zip(run.network.buffers(), before):
                 b.copy_(old)
-    run.step, run.skipped, run.frames = run.step + 1, run.skipped + (not finite), run.frames + round(sums["seconds"] * 100)
+    run.step += 1
+    run.skipped += not finite
+    run.frames += round(sums["seconds"] * 100)  # mel frames
     if finite:
         run.last_finite = (run.step, run.skipped, run.frames)
     return dict(sums, lr=rate, skipped=run.skipped, hours=run.hours(), epochs=run.epochs())
