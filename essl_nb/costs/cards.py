@@ -208,7 +208,7 @@ def state_bytes(config: EncoderConfig, seconds: float) -> int | None: # None whe
     encoder = build_encoder(config, seed=0)
     frames = int(round(seconds / encoder.frame_seconds))
     sizes = [block.mixer.state_bytes(frames) for block in encoder.blocks]
-    return None if None in sizes else sum(sizes) + 4 * sum(block.remembered for block in encoder.blocks)
+    return None if None in sizes else sum(sizes) + 4 * sum(block.own_state_size for block in encoder.blocks)
 
 # %% ../../nbs/costs/03_cards.ipynb #289d896e
 def within_reach(
