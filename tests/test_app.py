@@ -400,7 +400,7 @@ def test_untrained_encoders_are_asked_for_where_there_are_many(wide):
     wide.wait_for_selector("#compare-view .essl-caption:not(:has-text('open points'))")
 
 
-def test_another_arrangement_redraws_everything(wide, study):
+def test_another_setting_redraws_everything(wide, study):
     wide.click("button[role=tab]:has-text('Compare')")
     choose(wide, "chosen", list_mixers()[1])
     wide.wait_for_selector(f"#card h3:has-text('{list_mixers()[1]}')")

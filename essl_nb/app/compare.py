@@ -181,8 +181,8 @@ def compare_rail() -> dict: # name -> component
 
     c = {}
     with gr.Accordion("Choose study, score, cost, budget", open=True, elem_classes="essl-rail", elem_id="compare-rail"):
-        c["study"] = gr.Dropdown([], label="Arrangement", elem_id="pick-study")
-        for pick, label in zip(PICKS, ("Task", "Settings", "Head", "Metric")):
+        c["study"] = gr.Dropdown([], label="Setting", elem_id="pick-study")
+        for pick, label in zip(PICKS, ("Task", "Options", "Head", "Metric")):
             c[pick] = gr.Dropdown([], label=label, elem_id=f"pick-{pick}")
         c["machine"] = gr.Dropdown([], label="Measured on", elem_id="pick-machine", visible=False)
         c["cost"] = gr.Dropdown(cost_choices(COSTS), value=next(iter(COSTS)), label="Cost", elem_id="pick-cost")

@@ -179,7 +179,7 @@ def connect(app, tabs, desk, studies, listen: dict, compare: dict):
     def open_in_listen(study, encoder, layer, kind):
         study = studies.get(study)
         if study is not studies.opened:
-            return stay(f"Listen holds the encoders of {studies.opened.told}. For those of this arrangement, start the explorer with --results {study.told}.")
+            return stay(f"Listen holds the encoders of {studies.opened.told}. For those of this setting, start the explorer with --results {study.told}.")
         key = next((k for _, k in desk.shelf.choices() if k.startswith(TRAINED) and k.removeprefix(TRAINED) == encoder), None)
         if key is None:
             return stay(f"The study ships no weights of {encoder}, so it cannot be listened to; the untrained encoders can.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'UNTRAINED', 'SCORES', 'NOTHING', 'UNREADABLE', 'family_of', 'Shelf', 'typed_here', 'folder_code',
-           'StudyFile', 'plain_words', 'stamp_of', 'state_of', 'described', 'arrangement', 'Studies']
+           'StudyFile', 'plain_words', 'stamp_of', 'state_of', 'setting_of', 'summary_of', 'study_label', 'Studies']
 
 # %% ../../nbs/app/07_shelf.ipynb #f094050e
 import json
@@ -21,6 +21,7 @@ from ..models.encoder import build_encoder, load_encoder
 from ..study.grid import read_grid
 from ..study.machines import machines_of
 from ..study.results import cost_table, draws_of, load_results, scores_of, score_table
+from ..study.tables import SETTINGS
 
 # %% ../../nbs/app/07_shelf.ipynb #93ab4b6c
 TRAINED, UNTRAINED = "trained:", "untrained:"
@@ -87,11 +88,11 @@ class Shelf:
         "The library lines that give the encoder."
         if key.startswith(TRAINED):
             imported, folder = folder_code(self.folder / key.removeprefix(TRAINED))
-            return f"{imported}from essl_nb.models.checkpoint import load_encoder\n\nencoder = load_encoder({folder})"
+            return f"{imported}from essl_nb.models.encoder import load_encoder\n\nencoder = load_encoder({folder})"
         lines = f"from essl_nb.models.config import EncoderConfig\nfrom essl_nb.models.encoder import build_encoder\n\nencoder = build_encoder(EncoderConfig(mixer={key.removeprefix(UNTRAINED)!r}), seed=0).eval()"
         if self.shipped():
             imported, folder = folder_code(self.folder / self.shipped()[0])
-            return f"{imported}from essl_nb.models.checkpoint import load_encoder\n{lines}\nknown = load_encoder({folder}).frontend\nencoder.frontend.set_statistics(known.mean, known.std)"
+            return f"{imported}from essl_nb.models.encoder import load_encoder\n{lines}\nknown = load_encoder({folder}).frontend\nencoder.frontend.set_statistics(known.mean, known.std)"
         return lines if self.statistics is None else f"from essl_nb.app.explorer import some_statistics\n{lines}\nencoder.frontend.set_statistics(*some_statistics(corpus))"
 
 # %% ../../nbs/app/07_shelf.ipynb #fe4b2557
@@ -205,23 +206,32 @@ def state_of(stamp: tuple) -> str: # SCORES, NOTHING or UNREADABLE; `stamp` from
         return UNREADABLE
 
 
+def setting_of(folder: Path) -> str: # or its name, where it is none of those that come with the package
+    "The setting of a study."
+    try:
+        shipped = {results_dir().resolve() / name: setting for setting, name in SETTINGS.items()}
+    except EsslError:
+        shipped = {}
+    return shipped.get(folder.resolve(), plain_words(folder.name))
+
+
 @lru_cache(256)
-def described(stamp: tuple) -> str: # `stamp` from `stamp_of`
-    "A study in a few words: its name, its blocks, its widths; the name alone where its grid cannot be read here."
-    name = plain_words(Path(stamp[0]).name)
+def summary_of(stamp: tuple) -> str: # `stamp` from `stamp_of`
+    "A study in a few words: its setting or name, its blocks, its widths; the first only where its grid cannot be read here."
+    name = setting_of(Path(stamp[0]))
     try:
         encoders = read_grid(Path(stamp[0]) / "grid.json").encoders
         blocks, widths = sorted({e.config.block for e in encoders}), sorted({e.config.dim for e in encoders})
-    except Exception:  # a grid of somebody's, with anything in it: its name still stands in the list
+    except Exception:  # somebody's grid may hold anything: the study is listed by its name
         return name
     width = "equal width" if len(widths) == 1 else f"widths {widths[0]} to {widths[-1]}"
     return f"{name} · block{'s' * (len(blocks) > 1)} {', '.join(map(plain_words, blocks))} · {width}"
 
 
-def arrangement(folder: Path) -> str: # for a list of choices
-    "A study in a few words. It is read again when one of its files was changed."
+def study_label(folder: Path) -> str: # for a list of choices
+    "A study in a few words, read again when one of its files has changed."
     stamp = stamp_of(folder.absolute())
-    return f"unreadable: {plain_words(folder.absolute().name)}" if state_of(stamp) == UNREADABLE else described(stamp)
+    return f"unreadable: {plain_words(folder.absolute().name)}" if state_of(stamp) == UNREADABLE else summary_of(stamp)
 
 
 class Studies:
@@ -244,7 +254,7 @@ class Studies:
         with self.lock:
             for p in beside:
                 self.files.setdefault(p.name, StudyFile(p))
-        return [(arrangement(p), p.name) for p in (opened, *beside)]
+        return [(study_label(p), p.name) for p in (opened, *beside)]
 
     def beside(self, name: str) -> Path | None:
         "A folder beside the opened one, which may not be there; None where no study is open."
