@@ -150,7 +150,7 @@ def test_an_upload_is_read_once_and_gone(server, tmp_path):
         conf, sound = config(c), tone(tmp_path / "mine.wav", 333)
         path = upload(c, sound).json()[0]
         assert len(lying(tmp)) == 1
-        own = event(conf, "on_own")["id"]
+        own = event(conf, "on_upload")["id"]
         answers = call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], "one")
         assert "essl-error" not in said_by(answers) and not lying(tmp)
         assert "choose it again" in said_by(call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], "two")), "gone is gone"
@@ -159,7 +159,7 @@ def test_an_upload_is_read_once_and_gone(server, tmp_path):
 def test_two_who_send_the_same_file_both_hear_it(server, tmp_path):
     address, tmp = server
     with client(address) as c:
-        own, sound = event(config(c), "on_own")["id"], tone(tmp_path / "same.wav", 444)
+        own, sound = event(config(c), "on_upload")["id"], tone(tmp_path / "same.wav", 444)
         paths = [upload(c, sound).json()[0] for _ in "ab"]
         for session, path in zip(("a1", "b1"), paths):
             assert "essl-error" not in said_by(call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], session))
@@ -172,7 +172,7 @@ def test_files_of_the_installation_cannot_be_named(server, made):
     victims = [PLOTLY_JS, made[1] / "0.wav", made[0] / "rows.jsonl"]
     with client(address) as c:
         conf = config(c)
-        for name in ("on_own", "on_record"):
+        for name in ("on_upload", "on_record"):
             for i, victim in enumerate(victims):
                 session = f"thief{name}{i}"
                 try:

@@ -15,7 +15,7 @@ from essl_nb.app.listen import ListenController
 from essl_nb.core.files import append_line
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import list_mixers, mixers
-from essl_nb.study.machines import chosen_machine, even_times, machines_of
+from essl_nb.study.machines import chosen_machine, comparable_times, machines_of
 from essl_nb.study.results import cost_points, cost_table, draws_of, load_results, pareto_table, tied_with_best
 from essl_nb.viz.tradeoff import COSTS, cost_column, is_measured, limit_of, tradeoff_figure
 
@@ -84,7 +84,7 @@ def test_every_measured_column_of_the_tables_is_of_one_machine(mixed):
 
 def test_a_busy_machine_spoils_no_time(mixed):
     "One encoder took 200 ms while attention took 250 beside it: it is as quick as the one that took 40 beside 50."
-    costs = even_times(cost_table(mixed[0])).set_index("encoder")
+    costs = comparable_times(cost_table(mixed[0])).set_index("encoder")
     names = mixed[1]
     assert np.isclose(costs.deployment_latency_s[names[2]], costs.deployment_latency_s[names[1]]) and np.isclose(costs.deployment_latency_s[names[0]], 0.05)
     assert np.isclose(costs.deployment_rtf[names[2]], 0.004) and np.isclose(costs.training_step_s[names[2]], 0.12)

@@ -23,8 +23,8 @@ from .listen import error_html
 from .page import message, starter
 from .library import Studies, StudyFile, plain_words
 from ..core.registry import EsslError
-from ..study.machines import even_times
-from ..study.results import scores_of, usual_rivals
+from ..study.machines import comparable_times
+from ..study.results import scores_of, usual_references
 from ..viz.style import family_name
 from ..viz.tradeoff import COSTS, MANY, cost_column, cost_note, draw_tradeoff, finding, is_measured, known_costs, limit_of, metric_name, tradeoff
 
@@ -139,7 +139,7 @@ def compare_message(study: StudyFile, picks: dict, cost: str, log_x: bool, budge
     asked, same = study.scores(probe=probe, metric=metric), same[(same.probe == probe) & (same.metric == metric)]
     t = tradeoff(same, asked, costs, cost, limits, draws=study.draws(probe, metric))
     seeds = t.seeds[t.seeds.encoder == chosen] if t.points.encoder.nunique() > MANY else t.seeds
-    keep = t.points[t.points.encoder.isin(usual_rivals(asked))].label.tolist()
+    keep = t.points[t.points.encoder.isin(usual_references(asked))].label.tolist()
     fig = draw_tradeoff(t, cost, plain_words(values["task"]), metric, keep=keep, seeds=seeds, untrained=t.untrained if untrained else None, log_x=log_x, chosen=chosen)
     lines = code_lines(study, probe, metric, cost=cost, machine=machine if is_measured(cost) or limits else None, budget={c: budget[c] for c in limits}, log_x=log_x, untrained=bool(untrained), chosen=chosen)
     caption = compare_caption(t, asked, cost, costs, held_equal(rows, costs), seeds_shown=len(seeds) > 0, untrained=untrained)
@@ -155,7 +155,7 @@ def table_html(caption: str, lines: list) -> str: # HTML
 
 def card_html(study: StudyFile, encoder: str | None, curves: CurvesFile, now: str = "", machine: str | None = None) -> str: # HTML; `now` is the score that the figure shows
     "Scores and costs of one encoder, and how its mixer's cost grows with duration."
-    rows, costs = scores_of(study.rows()), even_times(study.costs(machine))
+    rows, costs = scores_of(study.rows()), comparable_times(study.costs(machine))
     mine = study.scores(encoder=encoder, state="pretrained") if encoder in set(rows[rows.state == "pretrained"].encoder) else []
     if not len(mine):
         return '<p class="essl-note">Click a point, or choose an encoder in the list, to read all its numbers.</p>'
