@@ -7,7 +7,7 @@ from torch import nn
 
 from essl_nb import EncoderConfig, Study, check_mixer, influence_map, list_mixers, load_results, training_cost
 from essl_nb.app.explorer import create_app
-from essl_nb.app.shelf import UNTRAINED, Shelf
+from essl_nb.app.library import UNTRAINED, EncoderLibrary
 from essl_nb.core.fresh import run_fresh
 from essl_nb.core.registry import Registry
 from essl_nb.core.shapes import masked_mean, zero_pads
@@ -46,9 +46,9 @@ def test_one_decorator_is_enough(guest, tmp_path):
 
 
 def test_the_explorer_offers_it_and_draws_its_map(guest):
-    shelf = Shelf(None)
-    assert UNTRAINED + guest in [key for _, key in shelf.choices()]
-    encoder = shelf.get(UNTRAINED + guest)
+    library = EncoderLibrary(None)
+    assert UNTRAINED + guest in [key for _, key in library.choices()]
+    encoder = library.get(UNTRAINED + guest)
     values = influence_map(encoder, torch.randn(8000) * 0.1, layer=1).values
     assert values.shape == (25, 25) and values.min() > 0  # a mean joins every frame with every other
     assert guest in str(create_app().get_config_file())
