@@ -112,7 +112,7 @@ def curves_message(file: CurvesFile, wanted: dict, mixer: str | None) -> tuple: 
     fig = curve_figure(curves, quantity, **point, chosen=chosen)
     told = ", ".join(f"{k}={json.dumps(v)}" for k, v in point.items())
     told += f", chosen={chosen!r}" if chosen else ""
-    lines = (f"from essl_nb.costs.curves import crossover, exponents, load_curves\nfrom essl_nb.viz.curves import curve_figure\n{file.imports}\n"
+    lines = (f"from essl_nb.costs.growth import crossover, exponents, load_curves\nfrom essl_nb.viz.curves import curve_figure\n{file.imports}\n"
              f"curves = load_curves({file.code})\ncrossover(curves), exponents(curves)\ncurve_figure(curves, {quantity!r}, {told})")
     kept = {k: k for k in ("mixer", "family", *POINT)} | {"seconds": "duration_s", "time_s": "time_s", "time_s_low": "time_low_s", "time_s_high": "time_high_s", "ratio": "time_attention_1", "ratio_low": "time_low_attention_1",
             "ratio_high": "time_high_attention_1", "peak_bytes": "peak_bytes", "peak_ratio": "peak_attention_1", "macs": "multiply_accumulates", "rounds": "n_rounds", "level": "level"}
