@@ -86,7 +86,7 @@ def curve_finding(curves: pd.DataFrame, quantity: str) -> str: # one sentence
     return ", ".join(parts)
 
 # %% ../../nbs/viz/06_curves.ipynb #260f93a5
-FAINT = "#b4b4b4"  # lines without a name
+FAINT = "#808080"  # lines without a name
 
 
 def named_curves(
@@ -143,7 +143,7 @@ def curve_figure(
         c, family, thick = lines[name], lines[name].family.iloc[0], name in (baseline, chosen)
         meta = dict(role="curve", mixer=name, family=family, named=name in named)
         if name not in named:
-            fig.add_trace(go.Scatter(**curve_line(c, name, column, factor), mode="lines", meta=meta, opacity=0.6, line=dict(color=FAINT, width=1)))
+            fig.add_trace(go.Scatter(**curve_line(c, name, column, factor), mode="lines", meta=meta, opacity=0.4, line=dict(color=FAINT, width=1)))
             continue
         dash = "solid" if thick else DASHES[seen.get(family, 0) % len(DASHES)]
         seen[family] = seen.get(family, 0) + (not thick)
