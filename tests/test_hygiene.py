@@ -247,8 +247,8 @@ def code_of(path) -> list[ast.AST]:
 
 
 def is_free(path) -> bool:
-    "mixers/, tutorials/ and index.ipynb (a tutorial in front of the door) may name mixers; study configurations are JSON."
-    return bool({"mixers", "tutorials"} & set(path.parts)) or path.name in ("index.ipynb", "test_hygiene.py")
+    "mixers/, tutorials/, index.ipynb (a tutorial in front of the door) and the pages of results may name mixers; study configurations are JSON."
+    return bool({"mixers", "tutorials", "docs"} & set(path.parts)) or path.name in ("index.ipynb", "test_hygiene.py")
 
 
 @pytest.mark.parametrize("path", [p for p in [*MODULES, *NOTEBOOKS, *SOURCES] if not is_free(p)], **ids)
@@ -269,7 +269,7 @@ def prose(path) -> str:
     return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S)
 
 
-PAGES = [p for p in (Path("README.md"), Path("CONTRIBUTING.md"), Path("docs/design.md"), Path("corpus/README.md")) if (ROOT / p).exists()]
+PAGES = [p for p in (Path("README.md"), Path("CONTRIBUTING.md"), *sorted(q.relative_to(ROOT) for q in (ROOT / "docs").glob("*.md")), Path("corpus/README.md")) if (ROOT / p).exists()]
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], **ids)
@@ -277,6 +277,12 @@ def test_links_within_the_repository_lead_somewhere(path):
     targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", prose(path))
     broken = [t for t in targets if not re.match(r"\w+:", t) and not (ROOT / path).parent.joinpath(t).exists()]
     assert not broken, f"{path} links to {', '.join(broken)}"
+
+
+def test_every_figure_is_on_a_page():
+    shown = {(p.parent / target).as_posix() for p in PAGES for target in re.findall(r"\]\(([^)\s#]+)\)", (ROOT / p).read_text(encoding="utf-8"))}
+    figures = {p.relative_to(ROOT).as_posix() for p in (ROOT / "docs/figures").iterdir()}
+    assert figures and not (orphans := figures - shown), f"on no page: {', '.join(sorted(orphans))}; `make export` removes figures that were drawn for one"
 
 
 def tracked() -> list[Path]:

@@ -29,7 +29,8 @@ def notebooks() -> list[Path]:
     "All notebooks with code to run, reading order, index.ipynb first."
     folders = ["tutorials", *check.folders(ROOT)]
     found = [ROOT / p for p in check.notebooks(ROOT) if p.parts[0] == "nbs"]
-    return [ROOT / "index.ipynb", *sorted(found, key=lambda p: (folders.index(p.parent.relative_to(ROOT / "nbs").as_posix()), p.name))]
+    pages = [ROOT / p for p in check.notebooks(ROOT) if p.parts[0] != "nbs"]
+    return [*pages, *sorted(found, key=lambda p: (folders.index(p.parent.relative_to(ROOT / "nbs").as_posix()), p.name))]
 
 
 FIGURES = ("application/vnd.plotly.v1+json", "image/png", "image/svg+xml")

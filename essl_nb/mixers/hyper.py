@@ -43,7 +43,7 @@ class HeadMLP(nn.Module):
         return F.gelu(x @ self.inner + self.inner_bias) @ self.outer + self.outer_bias
 
 # %% ../../nbs/mixers/13_hyper.ipynb #565529f7
-@mixers.register("hyper", family="fourier", complexity="T", paper="2203.03691", tiny=dict(num_heads=2, hidden=16), grid=dict(num_heads=[1, 4, 8], tied=[False, True]))
+@mixers.register("hyper", family="mlp", complexity="T", paper="2203.03691", tiny=dict(num_heads=2, hidden=16), grid=dict(num_heads=[1, 4, 8], tied=[False, True]))
 class Hyper(Mixer):
     "Multi-head HyperMixing: an MLP over time with weights generated from the frames."
     can_be_causal = False

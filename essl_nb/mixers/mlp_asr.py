@@ -64,7 +64,7 @@ class GatedMLP(Mixer):
         return self.gated(z, u), {"past": z[:, x.shape[1]:]}
 
 # %% ../../nbs/mixers/12_mlp_asr.ipynb #52ccc6cc
-@mixers.register("c_mlp", family="fourier", complexity="T", paper="2202.08456", tiny=dict(kernel=5), grid=dict(kernel=[7, 15, 31, 63]))
+@mixers.register("c_mlp", family="mlp", complexity="T", paper="2202.08456", tiny=dict(kernel=5), grid=dict(kernel=[7, 15, 31, 63]))
 class CMLP(GatedMLP):
     "Gates from a depthwise convolution over time."
 
@@ -92,7 +92,7 @@ class CMLP(GatedMLP):
         return {"kernel": Map("kernel", self.depthwise.weight[:, 0, :, 0].T)}
 
 # %% ../../nbs/mixers/12_mlp_asr.ipynb #daf27cab
-@mixers.register("ts_mlp", family="fourier", complexity="T", paper="2202.08456", tiny=dict(shift=2), grid=dict(shift=[1, 2, 4, 8]))
+@mixers.register("ts_mlp", family="mlp", complexity="T", paper="2202.08456", tiny=dict(shift=2), grid=dict(shift=[1, 2, 4, 8]))
 class TSMLP(GatedMLP):
     "Gates from shifted features."
 

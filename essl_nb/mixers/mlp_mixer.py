@@ -14,7 +14,7 @@ from .base import Mixer, mixers
 from ..ops.tiles import in_tiles
 
 # %% ../../nbs/mixers/11_mlp_mixer.ipynb #ed66960f
-@mixers.register("mlp_mixer", family="fourier", complexity="T", paper="2105.01601", tiny=dict(crop=16), grid=dict(crop=[25, 50, 100]))
+@mixers.register("mlp_mixer", family="mlp", complexity="T", paper="2105.01601", tiny=dict(crop=16), grid=dict(crop=[25, 50, 100]))
 class MLPMixer(Mixer):
     "The token half of MLP-Mixer, on independent chunks."
     can_be_causal = False

@@ -23,7 +23,7 @@ from ..core.config import content_hash, from_json, to_json
 from ..core.files import read_lines, write_json
 from ..core.intervals import bootstrap_interval, paired_interval, percentiles, ratio, resampled
 from ..core.registry import EsslError, nearest
-from ..mixers.base import mixers
+from ..mixers.base import family_of, mixers
 from ..models.checkpoint import STORED
 from ..models.config import EncoderConfig
 from ..models.encoder import load_encoder
@@ -90,6 +90,7 @@ def frame_rows(row: dict) -> list: # of dicts, one for each score in the row, el
     encoder = what.get("config") or what.get("pretrain", {}).get("encoder", {})
     common = {"key": row["key"], "kind": row["kind"], **{k: what.get(k) for k in WHO}, "run": what.get("run"), **{k: encoder.get(k) for k in CONFIG}}
     common |= {"made_seconds": made.get("seconds"), "when": made.get("when"), "git": made.get("git"), "data_hash": made.get("data_hash")}
+    common["family"] = family_of(common["mixer"], common["family"])  # the registry's word of today
     common["machine"] = machine_name(made.get("machine"))
     common["state"] = common["state"] or ("pretrained" if row["kind"] == "run" else None)
     if row["kind"] == "score":
@@ -328,7 +329,8 @@ def cost_points(
     alike = set(frame[comparable_cards(frame, chosen_machine(frame, machine))].key)
     rows, _ = read_lines(results_file(folder))
     newest = {r["key"]: r for r in rows if r["kind"] == "cost"}
-    who = lambda r: {k: r["what"][k] for k in ("encoder", "mixer", "family", "card")}
+    own = lambda what: {"family": family_of(what["mixer"], what["family"])}
+    who = lambda r: {k: r["what"][k] for k in ("encoder", "mixer", "family", "card")} | own(r["what"])
     return pd.DataFrame([{**who(r), **p} for key, r in newest.items() if key in alike for p in r["value"].get("points", ())])
 
 
