@@ -204,11 +204,11 @@ def test_the_fall_back_is_reached_with_its_own_path():
 def test_a_contestant_that_fails_leaves_a_row_and_the_rest_is_timed(monkeypatch):
     monkeypatch.setattr(torch.nn.LSTM, "forward", lambda *args: 1 / 0)
     case = next(c for c in all_cases("cpu", "b"))
-    told = []
-    rows = KINDS["recurrent"](case, "cpu", None, told.append)(case["points"][0])
+    logged = []
+    rows = KINDS["recurrent"](case, "cpu", None, logged.append)(case["points"][0])
     by = {r["name"]: r for r in rows}
     assert "ZeroDivisionError" in by["LSTM"]["failed"] and by["GRU"]["time_s"] > 0 and by["LiGRU"]["first_over_it"] == 1
-    assert told[:2] == ["LiGRU", "SLi-GRU"] and "LSTM" in told
+    assert logged[:2] == ["LiGRU", "SLi-GRU"] and "LSTM" in logged
     left = KINDS["recurrent"](dict(case, without=["LSTM"]), "cpu")(case["points"][0])
     assert "LSTM" not in {r["name"] for r in left}
 
