@@ -32,9 +32,12 @@ class Products(nn.Module):
         L, R, H, B = case["layers"], case["directions"], case["hidden"], case["batch"]
         make = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
         self.training_too, self.at_once, self.layers = which != PASSES[0], at_once, [H] + [R * H] * (L - 1)
-        self.x, self.w = {d: make(frames * B, d) for d in set(self.layers)}, {d: make(d, R * 2 * H) for d in set(self.layers)}
-        self.dg, self.h, self.dh, self.g, self.dp = make(frames * B, R * 2 * H), *(make(R, B, n) for n in (H, H, 2 * H, 2 * H))
-        self.u, self.hs, self.gs = make(R, H, 2 * H), make(R, frames * B, H), make(R, frames * B, 2 * H)
+        self.x = {d: make(frames * B, d) for d in set(self.layers)}
+        self.w = {d: make(d, R * 2 * H) for d in set(self.layers)}
+        self.u, self.dg = make(R, H, 2 * H), make(frames * B, R * 2 * H)
+        self.h, self.dh = make(R, B, H), make(R, B, H)
+        self.g, self.dp = make(R, B, 2 * H), make(R, B, 2 * H)
+        self.hs, self.gs = make(R, frames * B, H), make(R, frames * B, 2 * H)
         self.graphs = math.ceil(frames / self.frames_per_graph)
         self.one = partial(self.sequential, min(frames, self.frames_per_graph))
         if not at_once and device == "cuda":
@@ -65,10 +68,11 @@ class Products(nn.Module):
                 self.dg @ self.w[d].mT, self.x[d].mT @ self.dg, torch.bmm(self.hs.mT, self.gs)
 
 # %% ../../nbs/costs/10_gpu_cases.ipynb #a9392b70
-def contestants(case: dict, device: str) -> dict: # name → (builder of a module from x to frames, type of its weights, autocast)
+def contestants(case: dict, device: str) -> dict: # name → (builder of a module, type of its weights, autocast)
     "Who is timed: the Light GRU first. Layers of torch's take the type of their weights, as cuDNN does."
     shape, low = (case["hidden"], case["hidden"], case["layers"]), case["precision"] == "bf16"
-    both, usual = dict(bidirectional=case["directions"] == 2, batch_first=True), torch.bfloat16 if low else torch.float32
+    both = dict(bidirectional=case["directions"] == 2, batch_first=True)
+    usual = torch.bfloat16 if low else torch.float32
     ours = lambda layer=LiGRU, **kw: Frames(layer(*shape, **both, **kw))
     found = {"LiGRU": (ours, torch.float32, low), "SLi-GRU": (partial(ours, SLiGRU), torch.float32, low)}
     for name, layer in (("GRU", nn.GRU), ("LSTM", nn.LSTM)):
@@ -124,7 +128,8 @@ class RecurrentCase:
             if training:
                 y.backward(gradient)
 
-        gradient = torch.ones(*x.shape[:2], self.case["directions"] * self.case["hidden"], device=self.device, dtype=torch.float32 if low else x.dtype)
+        size = *x.shape[:2], self.case["directions"] * self.case["hidden"]
+        gradient = torch.ones(size, device=self.device, dtype=torch.float32 if low else x.dtype)
         return call
 
     def transformed(self, name: str, x: Tensor):
@@ -150,13 +155,15 @@ class RecurrentCase:
                 self.fail(name, e)
         for name, at_once in (("products at once", True), ("products frame by frame", False)):
             calls[name] = Products(self.case, T, which, at_once, self.device, usual)
-        turns = interleaved(list(calls.values()), repeats=5, warmup=1, fill=0.3, most=25, clock=self.meter.clock)
+        rounds = interleaved(list(calls.values()), repeats=5, warmup=1, fill=0.3, most=25, clock=self.meter.clock)
         rows = [{"name": name, "failed": why} for name, why in self.failed.items()]
-        base = [turn[0] for turn in turns]
+        base = [times[0] for times in rounds]
         for i, name in enumerate(calls):
-            own = [turn[i] for turn in turns]
-            (s, low, high), (ratio, least, most) = spread(own), spread([b / c for b, c in zip(base, own)])
-            rows.append({"name": name, "time_s": s, "time_low": low, "time_high": high, "first": next(iter(calls)), "first_over_it": ratio, "ratio_low": least, "ratio_high": most, "turns": len(turns)})
+            own = [times[i] for times in rounds]
+            s, low, high = spread(own)
+            ratio, least, most = spread([b / c for b, c in zip(base, own)])
+            rows.append({"name": name, "time_s": s, "time_low": low, "time_high": high, "first": next(iter(calls)),
+                         "first_over_it": ratio, "ratio_low": least, "ratio_high": most, "turns": len(rounds)})
         return rows
 
 # %% ../../nbs/costs/10_gpu_cases.ipynb #a797dc27
@@ -166,10 +173,13 @@ FRAMES = 50  # a second
 def time_against(meter, own, rival, repeats: int = 5) -> dict: # calls without arguments → fields of a row
     "Interleaved times and the allocator's peaks of two calls; the first of each was made before."
     own(), rival(), meter.ready()
-    turns = interleaved([own, rival], repeats=3 if meter.clock(own) > 1 else repeats, warmup=1, fill=0.3, most=25, clock=meter.clock)
-    (s, low, high), (ratio, least, most) = spread([t[0] for t in turns]), spread([t[0] / t[1] for t in turns])
+    repeats = 3 if meter.clock(own) > 1 else repeats
+    rounds = interleaved([own, rival], repeats=repeats, warmup=1, fill=0.3, most=25, clock=meter.clock)
+    s, low, high = spread([t[0] for t in rounds])
+    ratio, least, most = spread([t[0] / t[1] for t in rounds])
     peak, other = meter.peak(own), meter.peak(rival)
-    return {"time_s": s, "time_low": low, "time_high": high, "baseline_time_s": spread([t[1] for t in turns])[0], "ratio": ratio, "ratio_low": least, "ratio_high": most, "turns": len(turns),
+    return {"time_s": s, "time_low": low, "time_high": high, "baseline_time_s": spread([t[1] for t in rounds])[0],
+            "ratio": ratio, "ratio_low": least, "ratio_high": most, "turns": len(rounds),
             "peak_bytes": peak, "baseline_peak_bytes": other, "peak_ratio": peak / max(other, 1)}
 
 
@@ -221,7 +231,8 @@ class StepCase:
 
         self.case, self.meter = case, meter_of(device)
         own = named_config(case["size"], case["mixer"])
-        self.calls = [partial(training_call, c, case["batch"], case["crop_seconds"], case["precision"], device) for c in (own, baseline_of(own))]
+        how = case["batch"], case["crop_seconds"], case["precision"], device
+        self.calls = [partial(training_call, config, *how) for config in (own, baseline_of(own))]
 
     def __call__(self, point: dict) -> list: # of one row
         "Time it; peaks of making the encoder and two steps, so that weights and the optimiser's state are in them."
@@ -234,35 +245,45 @@ class StepCase:
             step(), step()
 
         peaks = [self.meter.peak(partial(two_steps, make)) for make in self.calls]
-        return [row | {"peak_bytes": peaks[0], "baseline_peak_bytes": peaks[1], "peak_ratio": peaks[0] / max(peaks[1], 1), "audio_seconds_per_s": self.case["batch"] * self.case["crop_seconds"] / row["time_s"]}]
+        peak, other = peaks
+        row |= {"peak_bytes": peak, "baseline_peak_bytes": other, "peak_ratio": peak / max(other, 1)}
+        return [row | {"audio_seconds_per_s": self.case["batch"] * self.case["crop_seconds"] / row["time_s"]}]
 
 
 KINDS = {"kernel": KernelCase, "layer": LayerCase, "recurrent": RecurrentCase, "mixer": MixerCase, "step": StepCase}
 
 # %% ../../nbs/costs/10_gpu_cases.ipynb #1568b4b0
 def case(step: str, kind: str, seconds: float, points=({},), **what) -> dict: # plain values
-    "A case, with the seconds that it is thought to take."
+    "A case, with its estimated time in seconds."
     return {"step": step, "kind": kind, "alone": step != "a", "seconds": seconds, "points": list(points), **what}
 
 
 def kernel_cases(device: str, quick: bool) -> list:
     "Both cells, both directions, both precisions and both paths first; then shapes, activations, layers."
     found, tiny = [], device != "cuda"
-    add = lambda kind, s, path, precision, cell, R, H, B, T, activation=SMOOTH, **kw: found.append(
-        case("a", kind, s, path=path, precision=precision, cell=cell, directions=R, hidden=H, batch=B, frames=T, activation=activation, **kw))
+
+    def add(kind, seconds, path, precision, cell, R, H, B, T, activation=SMOOTH, **kw):
+        what = dict(path=path, precision=precision, cell=cell, directions=R, hidden=H, batch=B, frames=T)
+        found.append(case("a", kind, seconds, **what, activation=activation, **kw))
+
     H, B, T = (20, 3, 4) if device == "simulator" else (24, 3, 8) if tiny else (512, 11, 40)
     if device != "cpu":
         for R in (2, 1):
             for path in ("persistent", "frames"):
                 for precision in ("bf16", "fp32"):
+                    if path == "frames" and precision == "bf16":
+                        continue  # the fall-back has float32 products only
                     for cell in light.CELLS:
-                        path == "frames" and precision == "bf16" or add("kernel", 8, path, precision, cell, R, H, B, T)
+                        add("kernel", 8, path, precision, cell, R, H, B, T)
     for cell in light.CELLS if device != "simulator" else ():
         add("layer", 8, "plain", "fp32", cell, 2, 64 if tiny else 256, B, T, normalization="batch")
-        tiny or add("layer", 8, "plain", "bf16", cell, 2, 256, B, T, normalization="batch")
+        if not tiny:
+            add("layer", 8, "plain", "bf16", cell, 2, 256, B, T, normalization="batch")
     if quick:
         return found
-    shapes = [(12, 11, 3), (9, 2, 5)] if tiny else [(1024, 32, 16), (1024, 8, 16), (512, 64, 16), (256, 64, 16), (256, 8, 16), (203, 5, 16), (1024, 300, 8), (2048, 8, 8)]
+    large = [(1024, 32, 16), (1024, 8, 16), (512, 64, 16), (256, 64, 16), (256, 8, 16),
+             (203, 5, 16), (1024, 300, 8), (2048, 8, 8)]
+    shapes = [(12, 11, 3), (9, 2, 5)] if tiny else large  # hidden, batch, frames
     for h, b, t in shapes if device != "cpu" else ():
         for precision in ("bf16", "fp32"):
             for cell in light.CELLS:
@@ -277,9 +298,14 @@ def kernel_cases(device: str, quick: bool) -> list:
 
 # %% ../../nbs/costs/10_gpu_cases.ipynb #ea57d156
 def recurrent_cases(device: str, quick: bool) -> list:
-    "bfloat16 and one layer first; graphs and compilers, whose making depends on the duration, at one shape."
+    "bfloat16 and one layer first; graphs and compilers, which are built for one duration, at one shape."
     tiny, found = device != "cuda", []
-    widths, batches, frames, layers = ((16,), (2,), (10, 20), (1, 2)) if tiny else ((512,), (8, 32), (500,), (1,)) if quick else ((512, 256, 1024), (8, 32, 64), (500, 2000), (1, 4))
+    if tiny:
+        widths, batches, frames, layers = (16,), (2,), (10, 20), (1, 2)
+    elif quick:
+        widths, batches, frames, layers = (512,), (8, 32), (500,), (1,)
+    else:
+        widths, batches, frames, layers = (512, 256, 1024), (8, 32, 64), (500, 2000), (1, 4)
     also = ("LiGRU, torch loop",) if tiny else ("LiGRU as a CUDA graph", "LiGRU compiled", "LiGRU, torch loop")
     points = lambda T: [{"frames": t, "pass": p} for t in T for p in PASSES]
     for precision in ("fp32",) if tiny else ("bf16", "fp32"):
@@ -287,31 +313,46 @@ def recurrent_cases(device: str, quick: bool) -> list:
             for B in batches:
                 for H in widths:
                     what = dict(layers=L, directions=2, hidden=H, batch=B, precision=precision)
-                    found.append(case("b", "recurrent", (4 if tiny else 9 + 3 * L) * len(frames) / 2, points(frames), **what))
+                    seconds = (4 if tiny else 9 + 3 * L) * len(frames) / 2
+                    found.append(case("b", "recurrent", seconds, points(frames), **what))
             if L == 1:
-                found.append(case("b", "recurrent", 5 if tiny else 40, points(frames[:1])[1:], layers=1, directions=2, hidden=widths[0], batch=batches[0], precision=precision, also=list(also)))
+                what = dict(layers=1, directions=2, hidden=widths[0], batch=batches[0], precision=precision)
+                one = points(frames[:1])[1:]
+                found.append(case("b", "recurrent", 5 if tiny else 40, one, **what, also=list(also)))
+    if tiny or quick:
+        return found
     slow = dict(layers=1, directions=1, hidden=widths[0], batch=batches[0], precision="fp32")
     loops = ("LiGRU, torch loop as a CUDA graph", "LiGRU, torch loop compiled")
-    return found + [case("b", "recurrent", 60, [{"frames": 50, "pass": PASSES[1]}], also=[name], **slow) for name in loops if not (tiny or quick)]
+    one = [{"frames": 50, "pass": PASSES[1]}]
+    return found + [case("b", "recurrent", 60, one, also=[name], **slow) for name in loops]
 
 
 def mixer_cases(device: str, quick: bool) -> list:
     "Every mixer, the baseline first (against itself it shows the noise), then the recurrent ones and the control."
     tiny = device != "cuda"
-    first = lambda n: (not mixers.get(n).meta.get("baseline"), mixers.get(n).meta["family"] != "recurrent", not mixers.get(n).meta.get("control"))
-    names = sorted(list_mixers(), key=first)
+
+    def order(name):
+        meta = mixers.get(name).meta
+        return not meta.get("baseline"), meta["family"] != "recurrent", not meta.get("control")
+
+    names = sorted(list_mixers(), key=order)
     size = dict(width=48, batch=1, precision="fp32") if tiny else dict(width=576, batch=4, precision="bf16")
     seconds = (0.5, 1) if tiny else (10,) if quick else (10, 40, 160)
-    return [case("c", "mixer", 1 if tiny else 1 + 0.8 * len(seconds), [{"seconds": s} for s in seconds], mixer=n, **size) for n in names]
+    estimate, points = 1 if tiny else 1 + 0.8 * len(seconds), [{"seconds": s} for s in seconds]
+    return [case("c", "mixer", estimate, points, mixer=n, **size) for n in names]
 
 
 def step_cases(device: str, quick: bool) -> list:
     "Small and base encoders, by mixer."
     tiny = device != "cuda"
     names = [c["mixer"] for c in mixer_cases(device, quick)]
-    names = [n for n in names if mixers.get(n).meta.get("baseline") or mixers.get(n).meta.get("control")] if quick else names
-    how = dict(batch=2, crop_seconds=1.0, precision="fp32") if tiny else dict(batch=32, crop_seconds=8.0, precision="bf16")
-    return [case("d", "step", 2 if tiny else 3, mixer=n, size=s, **how) for n in names for s in (("tiny",) if tiny else ("small", "base"))]
+    if quick:
+        names = [n for n in names if {"baseline", "control"} & {k for k, v in mixers.get(n).meta.items() if v}]
+    how = dict(batch=2, crop_seconds=1.0, precision="fp32")
+    if not tiny:
+        how = dict(batch=32, crop_seconds=8.0, precision="bf16")
+    sizes = ("tiny",) if tiny else ("small", "base")
+    return [case("d", "step", 2 if tiny else 3, mixer=n, size=s, **how) for n in names for s in sizes]
 
 
 STEPS = {"a": kernel_cases, "b": recurrent_cases, "c": mixer_cases, "d": step_cases}

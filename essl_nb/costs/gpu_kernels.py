@@ -155,7 +155,7 @@ class KernelCase:
         place = "cpu" if device == "simulator" else device
         self.code, self.engine = gpu_code(), engine_of(device, case["path"], simulator)
         self.case, self.x = case, problem(case, place)
-        self.kw = dict(cell=case["cell"], activation=case["activation"], precision=case["precision"], engine=self.engine)
+        self.kw = {k: case[k] for k in ("cell", "activation", "precision")} | {"engine": self.engine}
         if device == "cuda":
             self.plans()  # compiles
 
@@ -213,7 +213,7 @@ class Frames(nn.Module):
 
 def mixed(precision: str, device: str):
     "Autocast where bfloat16 is asked for; a graph may be recorded in it."
-    return torch.autocast(device, torch.bfloat16, enabled=True, cache_enabled=False) if precision == "bf16" else nullcontext()
+    return torch.autocast(device, torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
 
 
 class LayerCase:
