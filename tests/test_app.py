@@ -12,10 +12,10 @@ import pytest
 import soundfile
 from madeup import make_curves, make_study
 
-from essl_nb.app.clips import UNKNOWN, Bounded, Visits, clip_choices, own_sound
+from essl_nb.app.clips import UNKNOWN, LRUCache, Sessions, clip_choices, uploaded_sound
 from essl_nb.app.curves import CurvesFile, curves_message, curves_table
 from essl_nb.app.explorer import create_app
-from essl_nb.app.shelf import Studies
+from essl_nb.app.library import Studies
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import list_mixers, mixers
 
@@ -48,7 +48,7 @@ def test_a_study_that_is_not_there_is_named(tmp_path):
 def test_bad_uploads_get_one_sentence(tmp_path, name, write, words):
     write(tmp_path / name)
     with pytest.raises(EsslError) as e:
-        own_sound(tmp_path / name)
+        uploaded_sound(tmp_path / name)
     text = str(e.value)
     assert words in text and str(tmp_path) not in text and text.count(". ") <= 1, text
 
@@ -57,31 +57,31 @@ def test_other_rates_and_channels_are_taken(tmp_path):
     t = np.arange(96000) / 96000
     soundfile.write(tmp_path / "wide.wav", np.stack([np.sin(2 * np.pi * 440 * t), np.sin(2 * np.pi * 220 * t)], 1) / 2, 96000)
     soundfile.write(tmp_path / "narrow.wav", np.sin(2 * np.pi * 440 * t[:8000]) / 2, 8000)
-    assert abs(own_sound(tmp_path / "wide.wav").seconds - 1) < 0.01 and abs(own_sound(tmp_path / "narrow.wav").seconds - 1) < 0.01
+    assert abs(uploaded_sound(tmp_path / "wide.wav").seconds - 1) < 0.01 and abs(uploaded_sound(tmp_path / "narrow.wav").seconds - 1) < 0.01
 
 
 def test_visits_are_apart_and_bounded_in_bytes(tmp_path):
     soundfile.write(tmp_path / "mine.wav", np.sin(np.arange(16000) / 9) / 2, 16000)
-    sound, given_up = own_sound(tmp_path / "mine.wav"), []
-    visits = Visits(room=2.5 * sound.wav.nbytes, give_up=given_up.append)
+    sound, removed = uploaded_sound(tmp_path / "mine.wav"), []
+    sessions = Sessions(max_bytes=2.5 * sound.wav.nbytes, remove_file=removed.append)
     for name in "ab":
-        visits.bring(name, sound, name + ".wav")
+        sessions.start(name, sound, name + ".wav")
     for i in range(200):
-        visits.of(f"somebody who reads {i}")
-    assert visits.of("a").sound is sound and visits.of("b").sound is sound, "who brings nothing takes nobody's place"
-    visits.of("a")
-    visits.bring("c", sound)
-    assert visits.of("b").sound is None and given_up == ["b.wav"] and "no room" in visits.lost("b") and visits.of("a").sound is sound, "the one that was idle longest makes room, and is told"
-    visits.bring("b", sound)
-    assert not visits.lost("b") and visits.of("c").sound is None and visits.of("a").sound is sound
-    visits.end("b")
-    assert visits.of("b").sound is None and not visits.lost("b")
+        sessions.get(f"somebody who reads {i}")
+    assert sessions.get("a").sound is sound and sessions.get("b").sound is sound, "who brings nothing takes nobody's place"
+    sessions.get("a")
+    sessions.start("c", sound)
+    assert sessions.get("b").sound is None and removed == ["b.wav"] and "no room" in sessions.eviction_message("b") and sessions.get("a").sound is sound, "the one that was idle longest makes room, and is told"
+    sessions.start("b", sound)
+    assert not sessions.eviction_message("b") and sessions.get("c").sound is None and sessions.get("a").sound is sound
+    sessions.end("b")
+    assert sessions.get("b").sound is None and not sessions.eviction_message("b")
 
 
 def test_what_two_ask_for_at_once_is_made_once():
     from threading import Barrier, Thread
 
-    store, made, together, got = Bounded(), [], Barrier(4), []
+    store, made, together, got = LRUCache(), [], Barrier(4), []
 
     def ask():
         together.wait()
@@ -226,9 +226,9 @@ def view(page, expression: str):
 
 def test_first_paint_is_real(wide):
     listen(wide)
-    assert view(wide, "d.panels.length") == 1 and wide.locator("#listen-view canvas.essl-light").is_visible()
+    assert view(wide, "d.panels.length") == 1 and wide.locator("#listen-view canvas.essl-highlight").is_visible()
     assert view(wide, "d.panels[0].step") == 1 and view(wide, "d.seconds") > 1
-    assert wide.locator(".essl-said").inner_text().startswith("“")
+    assert wide.locator(".essl-transcript").inner_text().startswith("“")
 
 
 def test_pick_a_clip_by_language_and_voice(wide):
@@ -286,8 +286,8 @@ def test_a_frame_is_chosen_by_pointer_and_by_keyboard(wide):
     wide.mouse.move(box["x"] + box["width"] / 4, box["y"] + 80)
     assert view(wide, "v.t") < middle
     assert f"Frame at {view(wide, 'v.t'):.2f} s" in wide.locator(".essl-readout").first.inner_text()
-    lit = wide.evaluate("() => { const c = document.querySelector('canvas.essl-light'); return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0); }")
-    assert lit, "the light is drawn over the spectrogram"
+    lit = wide.evaluate("() => { const c = document.querySelector('canvas.essl-highlight'); return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0); }")
+    assert lit, "the highlight is drawn over the spectrogram"
 
 
 def test_numbers_and_code(wide):
@@ -312,18 +312,18 @@ def test_upload_good_and_bad(wide, tmp_path):
     wide.click("label:has-text('your own')")
     wide.wait_for_selector("#own input[type=file]", state="attached")
     wide.set_input_files("#own input[type=file]", tmp_path / "letter.wav")
-    wide.wait_for_selector("#listen-fault .essl-fault")
-    assert "letter.wav" in wide.locator("#listen-fault").inner_text() and wide.locator("#listen-view canvas").first.is_visible()
+    wide.wait_for_selector("#listen-error .essl-error")
+    assert "letter.wav" in wide.locator("#listen-error").inner_text() and wide.locator("#listen-view canvas").first.is_visible()
     for name, seconds in (("chirp.wav", 3), ("long.flac", 10)):
         wide.click("#own button[aria-label='Clear']")
         wide.wait_for_selector("#own input[type=file]", state="attached")
         wide.set_input_files("#own input[type=file]", tmp_path / name)
-        settled(wide, f"v.payload.said && v.payload.said.startsWith('{name}')")
-        assert abs(view(wide, "d.seconds") - seconds) < 0.05 and not wide.locator("#listen-fault .essl-fault").count()
+        settled(wide, f"v.payload.transcript && v.payload.transcript.startsWith('{name}')")
+        assert abs(view(wide, "d.seconds") - seconds) < 0.05 and not wide.locator("#listen-error .essl-error").count()
     wide.wait_for_selector("#start", state="visible")
     assert "hears no more" in wide.locator(".essl-caption").first.inner_text()
     wide.click("label:has-text('a clip of the corpus')")
-    settled(wide, "!v.payload.said.startsWith('long.flac')")
+    settled(wide, "!v.payload.transcript.startsWith('long.flac')")
 
 
 def test_compare_click_card_budget_and_listen(wide, study):
@@ -344,7 +344,7 @@ def test_compare_click_card_budget_and_listen(wide, study):
     faded = wide.evaluate("() => essl.views.compare.div.data.filter(t => t.meta && t.meta.role === 'point' && t.opacity < 1).length")
     assert faded == len(names) - 2
     wide.fill("#budget-disk_bytes_fp32 input, #budget-disk_bytes_fp32 textarea", "nine")
-    wide.wait_for_selector("#compare-fault .essl-fault:has-text('no number')")
+    wide.wait_for_selector("#compare-error .essl-error:has-text('no number')")
     wide.fill("#budget-disk_bytes_fp32 input, #budget-disk_bytes_fp32 textarea", "")
     wide.wait_for_selector(f".essl-finding:has-text('of {len(names)} is'):not(:has-text('inside this budget'))")
     choose(wide, "chosen", names[2])
@@ -400,7 +400,7 @@ def test_untrained_encoders_are_asked_for_where_there_are_many(wide):
     wide.wait_for_selector("#compare-view .essl-caption:not(:has-text('open points'))")
 
 
-def test_another_arrangement_redraws_everything(wide, study):
+def test_another_setting_redraws_everything(wide, study):
     wide.click("button[role=tab]:has-text('Compare')")
     choose(wide, "chosen", list_mixers()[1])
     wide.wait_for_selector(f"#card h3:has-text('{list_mixers()[1]}')")
@@ -447,7 +447,7 @@ def test_curves_by_keyboard_and_of_the_chosen_encoder(wide):
 def test_narrow_dark_and_by_keyboard(browser, address):
     for page in opened(browser, address, 390, color_scheme="dark"):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert page.locator("#language").count() == 0 or not page.locator("#language").is_visible(), "the rail is folded"
+        assert page.locator("#language").count() == 0 or not page.locator("#language").is_visible(), "the sidebar is folded"
         page.focus("button[role=tab]:has-text('Listen')")
         page.keyboard.press("ArrowRight") if page.evaluate("document.activeElement.getAttribute('role')") == "tab" else None
         page.click("button[role=tab]:has-text('Compare')")

@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 from madeup import make_curves, make_study
 
-from essl_nb.app.clips import Visits
+from essl_nb.app.clips import Sessions
 from essl_nb.app.compare import BUDGETS, compare_message, limits_of
 from essl_nb.app.curves import CurvesFile, curves_message
-from essl_nb.app.listen import Desk
-from essl_nb.app.shelf import Shelf, Studies
+from essl_nb.app.library import EncoderLibrary, Studies
+from essl_nb.app.listen import ListenController
 from essl_nb.core.files import append_line
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import list_mixers, mixers
-from essl_nb.study.machines import chosen_machine, even_times, machines_of
+from essl_nb.study.machines import chosen_machine, comparable_times, machines_of
 from essl_nb.study.results import cost_points, cost_table, draws_of, load_results, pareto_table, tied_with_best
 from essl_nb.viz.tradeoff import COSTS, cost_column, is_measured, limit_of, tradeoff_figure
 
@@ -84,7 +84,7 @@ def test_every_measured_column_of_the_tables_is_of_one_machine(mixed):
 
 def test_a_busy_machine_spoils_no_time(mixed):
     "One encoder took 200 ms while attention took 250 beside it: it is as quick as the one that took 40 beside 50."
-    costs = even_times(cost_table(mixed[0])).set_index("encoder")
+    costs = comparable_times(cost_table(mixed[0])).set_index("encoder")
     names = mixed[1]
     assert np.isclose(costs.deployment_latency_s[names[2]], costs.deployment_latency_s[names[1]]) and np.isclose(costs.deployment_latency_s[names[0]], 0.05)
     assert np.isclose(costs.deployment_rtf[names[2]], 0.004) and np.isclose(costs.training_step_s[names[2]], 0.12)
@@ -217,9 +217,9 @@ def test_the_code_of_listen_makes_the_same_figure(tmp_path, trained):
 
     corpus = load_corpus("bundled")
     make_study(tmp_path, seeds=1, names=list_mixers()[:2])
-    desk = Desk(lambda: corpus, Shelf(tmp_path), Visits(), None)
-    *_, clips = desk.first_clip()
-    key = next(k for _, k in desk.shelf.choices() if k.startswith("trained:") == trained)
-    *_, last = desk.draw("a clip of the corpus", clips[0][1], key, "", 2, "influence", "row", 0, "")
+    controller = ListenController(lambda: corpus, EncoderLibrary(tmp_path), Sessions(), None)
+    *_, clips = controller.first_clip()
+    key = next(k for _, k in controller.library.choices() if k.startswith("trained:") == trained)
+    *_, last = controller.draw("a clip of the corpus", clips[0][1], key, "", 2, "influence", "row", 0, "")
     panel = json.loads(last)["panels"][0]
     same_figure(run_code(panel["code"])["_"], panel["figure"])

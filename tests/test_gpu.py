@@ -147,7 +147,7 @@ def test_stored_curves_are_found_under_their_points():
     assert curves.GIVEN == ("mixer", "width", "batch", "pass", "seconds") and all(set(curves.GIVEN) <= set(r) for r in rows)
     measured = {tuple(r[k] for k in curves.GIVEN) for r in rows if "skipped" not in r}
     assert {(n, *curves.points()[0]) for n in list_mixers()} <= measured
-    assert {curves.whose(r["made"]["machine"]) for r in rows if "made" in r} == {r["made"]["machine"]["cpu"] for r in rows if "made" in r}
+    assert {curves.device_name(r["made"]["machine"]) for r in rows if "made" in r} == {r["made"]["machine"]["cpu"] for r in rows if "made" in r}
 
 
 def test_every_kind_of_kernel_and_every_mixer_is_asked_for():

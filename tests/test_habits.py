@@ -14,7 +14,7 @@ from essl_nb.mixers.linformer_attention import Linformer
 from essl_nb.mixers.window import Window
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
-from essl_nb.models.export import Door, example, export_onnx
+from essl_nb.models.export import TensorEncoder, example, export_onnx
 from essl_nb.models.frontend import frontends
 
 NAMES = list_mixers()
@@ -44,7 +44,7 @@ def test_compiled_as_one_graph_it_gives_the_same(name, lengths):
 @some_then_all
 def test_exported_it_gives_the_same_and_leaves_no_trace(name):
     encoder = tiny(name)
-    program = torch.export.export(Door(encoder), (WAV, LENGTHS), strict=False)
+    program = torch.export.export(TensorEncoder(encoder), (WAV, LENGTHS), strict=False)
     want = encoder(WAV, LENGTHS)
     frames, lengths = program.module()(WAV, LENGTHS)
     torch.testing.assert_close(frames, want.frames, atol=1e-4, rtol=1e-3)
@@ -58,7 +58,7 @@ FIXED = (Linformer, Window)  # a table for so many frames; chunks of one size, w
 def test_one_exported_program_serves_any_number_of_frames(name):
     encoder, size = tiny(name), torch.export.Dim
     clips, samples = size("clips", min=1, max=4096), size("samples", min=4 * encoder.frontend.least_samples, max=2**26)
-    export = lambda: torch.export.export(Door(encoder), example(encoder), dynamic_shapes={"wav": {0: clips, 1: samples}, "lengths": {0: clips}}, strict=False,
+    export = lambda: torch.export.export(TensorEncoder(encoder), example(encoder), dynamic_shapes={"wav": {0: clips, 1: samples}, "lengths": {0: clips}}, strict=False,
                                          prefer_deferred_runtime_asserts_over_guards=True)
     with torch.no_grad():
         if mixers.get(name).obj in FIXED:
@@ -75,7 +75,7 @@ def test_one_exported_program_serves_any_number_of_frames(name):
 def test_a_failed_export_leaves_the_encoder_as_it_was():
     encoder = tiny(BASELINE)
     with pytest.raises(Exception):
-        torch.export.export(Door(encoder), (WAV, LENGTHS[:1]), strict=False)
+        torch.export.export(TensorEncoder(encoder), (WAV, LENGTHS[:1]), strict=False)
     assert float(encoder(WAV).frames.detach().abs().max()) > 0
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from madeup import make_curves, make_study
 from test_app import FLAGS, NO_BROWSER, PATIENCE, chromium
-from test_door import start
+from test_access import start
 
 from essl_nb.mixers.base import list_mixers
 
@@ -18,7 +18,7 @@ def address(tmp_path_factory):
     "An explorer of a study whose names are markup."
     if chromium() is None:
         pytest.skip(NO_BROWSER)
-    folder = tmp_path_factory.mktemp("shelf")
+    folder = tmp_path_factory.mktemp("study")
     study = make_study(folder / "opened", seeds=1, names=list_mixers()[:3])
     make_curves(folder / "curves", list_mixers()[:3])
     rows = [json.loads(x) for x in (study / "rows.jsonl").read_text().splitlines()]
@@ -71,7 +71,7 @@ def test_a_full_queue_leaves_a_painted_page_and_a_way_on(page, address):
     page.route("**/queue/join*", lambda route: route.fulfill(status=503, body='{"detail": "queue full"}', content_type="application/json"))
     page.reload()
     painted(page)
-    assert page.locator("#listen-view canvas.essl-light").is_visible() and page.locator("#clip input").input_value()
+    assert page.locator("#listen-view canvas.essl-highlight").is_visible() and page.locator("#clip input").input_value()
     page.evaluate("() => { essl.patience = 500; }")
     before = page.evaluate("() => essl.views.listen.payload.stamp")
     page.click("#layer label:has-text('2')")
@@ -106,14 +106,14 @@ def test_names_are_shown_as_they_are(page, address):
     page.keyboard.press("Enter")
     page.wait_for_selector("#card h3:has-text('onerror')")
     page.click("#listen-to-it")
-    page.wait_for_selector("#no-listen .essl-fault:has-text('ships no weights')")
+    page.wait_for_selector("#no-listen .essl-error:has-text('ships no weights')")
     foreign = page.evaluate("() => [document.querySelectorAll('main img[src=x], main img[src=y]').length, document.querySelectorAll('main a[href*=evil]').length, [...document.querySelectorAll('svg a')].length]")
     assert foreign == [0, 0, 0] and "<img src=x" in shown
     assert not [u for u in page.asked if not u.startswith((address, address.replace("http:", "ws:"), "data:", "blob:")) or re.search("/[xy]$", u)]
     page.click("#chosen input")
     page.keyboard.type(list_mixers()[1])
     page.keyboard.press("Enter")
-    page.wait_for_selector("#no-listen .essl-fault", state="detached")  # what was said of another encoder
+    page.wait_for_selector("#no-listen .essl-error", state="detached")  # what was said of another encoder
 
 
 def test_a_file_that_is_too_large_is_answered_where_it_was_chosen(page, address, tmp_path):

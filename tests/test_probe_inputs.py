@@ -14,8 +14,8 @@ from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
 from essl_nb.probes.finetune import Diverged, Recipe, Recogniser, ctc, ctc_weights, fit, frames_needed, listen
-from essl_nb.probes.frames import Baseline, Source, at_rest
-from essl_nb.probes.probe import ask_baselines, probes, run_probe
+from essl_nb.probes.frames import Baseline, Source, evaluation_mode
+from essl_nb.probes.probe import baseline_scores, probes, run_probe
 
 
 def toy_for(name):
@@ -121,7 +121,7 @@ def test_dropout_is_off_and_every_part_keeps_its_mode(encoder):
     modes = [m.training for m in encoder.modules()]
     assert probe(encoder, "masked_phones", toy, **QUICK["masked_phones"]).units == wanted
     assert [m.training for m in encoder.modules()] == modes
-    with pytest.raises(ZeroDivisionError), at_rest(encoder):
+    with pytest.raises(ZeroDivisionError), evaluation_mode(encoder):
         1 / 0
     assert [m.training for m in encoder.modules()] == modes
 
@@ -217,7 +217,7 @@ def test_labels_that_are_pauses_alone_are_refused(name):
     toy = Toy(20)
     for u in toy:
         u.phones = (SimpleNamespace(label="sil", start=0.0, end=1.0),)
-    with pytest.raises(EsslError, match="pauses alone"):
+    with pytest.raises(EsslError, match="pauses only"):
         probe(Oracle(), name, toy, **QUICK[name])
 
 
@@ -389,11 +389,11 @@ def test_scratch_needs_a_configuration():
 
 def test_baselines_are_asked_at_the_encoder_s_rate(encoder):
     slow = build_encoder(EncoderConfig(list_mixers()[0], dim=16, depth=1, frontend_kw=dict(stride=4)), seed=0)
-    rivals = ask_baselines(slow, "masked_phones", Toy(20), progress=False, **QUICK["masked_phones"])
+    rivals = baseline_scores(slow, "masked_phones", Toy(20), progress=False, **QUICK["masked_phones"])
     score = probe(slow, "masked_phones", Toy(20), **QUICK["masked_phones"])
     assert list(rivals) == ["log-mel", "log-mel ±40 ms", "log-mel ±100 ms", "untrained"]
     assert all([n for _, n in r.units] == [n for _, n in score.units] for r in rivals.values())
-    assert list(ask_baselines(Oracle(), "masked_phones", Toy(20), progress=False, **QUICK["masked_phones"]))[-1] == "log-mel ±100 ms"
+    assert list(baseline_scores(Oracle(), "masked_phones", Toy(20), progress=False, **QUICK["masked_phones"]))[-1] == "log-mel ±100 ms"
 
 
 def test_source_of_nothing_says_so(encoder):

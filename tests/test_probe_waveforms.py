@@ -12,8 +12,8 @@ from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
 from essl_nb.models.frontend import frontends
 from essl_nb.probes.finetune import Recogniser, masked_batch, time_mask
-from essl_nb.probes.frames import Piece, Source
-from essl_nb.probes.probe import ask_baselines, run_probe
+from essl_nb.probes.frames import Segment, Source
+from essl_nb.probes.probe import baseline_scores, run_probe
 
 WAVES = [e.name for e in frontends if not e.obj.stored]
 SMALL = {"wav2vec2": dict(channels=16)}
@@ -71,7 +71,7 @@ def test_published_weights_are_probed_and_fine_tuned(corpus):
         encoder = from_transformers(model(config(**sizes)))
         for name in ("phones", "masked_phones", "units", "finetune"):
             assert 0 <= ask(encoder, name, corpus).value
-    rivals = ask_baselines(encoder, "masked_phones", corpus, progress=False, **QUICK["masked_phones"])
+    rivals = baseline_scores(encoder, "masked_phones", corpus, progress=False, **QUICK["masked_phones"])
     assert list(rivals) == ["log-mel", "log-mel ±40 ms", "log-mel ±100 ms", "untrained"]
 
 
@@ -107,7 +107,7 @@ def test_a_frame_is_about_the_middle_of_what_it_sees(corpus):
 def test_a_piece_of_a_waveform_is_the_sound_of_its_log_mel(corpus):
     source = Source(wave_encoder("wav2vec2"), corpus.features(progress=False), precision="fp32")
     u = corpus["c2"]
-    piece = Piece("a piece", u, 20, 30)
+    piece = Segment("a piece", u, 20, 30)
     assert torch.equal(source.samples(piece), source.samples(u)[3200:8000]) and source.raw_length(piece) == 4800
     assert torch.equal(source.mel(piece), source.mel(u)[20:50])
 
@@ -134,4 +134,4 @@ def test_a_crop_shorter_than_a_frame_is_refused(corpus):
 
     source = Source(wave_encoder("wav2vec2"), corpus.features(progress=False), precision="fp32")
     with pytest.raises(EsslError, match="shorter than a frame"):
-        pooled(source, [Piece("short", corpus["c0"], 0, 2)], progress=False)
+        pooled(source, [Segment("short", corpus["c0"], 0, 2)], progress=False)

@@ -25,7 +25,7 @@ from essl_nb.objectives.objective import objectives
 from essl_nb.study.grid import grid_cells, key_of, read_grid
 from essl_nb.study.pareto import pareto_front
 from essl_nb.study.results import cost_table, known_rows, load_results, paired_table, pareto_table, score_table, ship
-from essl_nb.study.study import Outcome, Study, essl_study, sole_owner
+from essl_nb.study.study import Outcome, Study, essl_study, locked_folder
 
 FIRST, SECOND = list_mixers()[:2]
 OBJECTIVE = objectives.names()[0]
@@ -303,7 +303,7 @@ def test_rows_about_other_data_are_not_mixed_in(clips, tmp_path, stand):
 
 
 def test_the_second_study_on_a_folder_is_told_who_is_there(clips, tmp_path):
-    with sole_owner(tmp_path), pytest.raises(EsslError, match=f"process {os.getpid()}"):
+    with locked_folder(tmp_path), pytest.raises(EsslError, match=f"process {os.getpid()}"):
         Study(tiny_grid(clips), tmp_path).run(progress=False)
 
 

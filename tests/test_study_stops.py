@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import essl_nb.study.study as study_module
+from essl_nb.core.config import from_json
 from essl_nb.core.files import Busy, load_tensors, read_json, read_lines
 from essl_nb.core.fresh import Fresh, run_fresh
 from essl_nb.core.registry import EsslError
@@ -20,7 +21,8 @@ from essl_nb.data.corpus import load_corpus
 from essl_nb.mixers.base import list_mixers
 from essl_nb.objectives.objective import objectives
 from essl_nb.study.results import known_rows
-from essl_nb.study.study import Study, do_run, patiently
+from essl_nb.study.study import Study, retry_while_busy, run_fact
+from essl_nb.train.config import PretrainConfig
 
 FIRST, SECOND = list_mixers()[:2]
 OBJECTIVE = objectives.names()[0]
@@ -59,7 +61,7 @@ def runs(study):
 
 
 def stand_in(monkeypatch, do):
-    "A stand-in for the fresh process, which does something of its own first."
+    "A stand-in for the isolated process, which does something of its own first."
     def fresh(fn, kind, what, weights, lock, word):
         do(what["encoder"], Path(lock))
         Path(weights).mkdir(parents=True, exist_ok=True)
@@ -136,13 +138,14 @@ def test_rows_cut_at_any_byte_are_made_again_and_the_others_kept(clips, tmp_path
 def test_a_run_that_ended_before_its_row_was_written_is_not_begun_again_and_other_data_are_refused(clips, tmp_path):
     shutil.copytree(clips, tmp_path / "clips")
     cell = runs(Study(grid(str(tmp_path / "clips"), steps=4), tmp_path / "study"))[0]
-    value, _ = do_run(cell.what, tmp_path / "run")
+    config = from_json(PretrainConfig, cell.what["pretrain"])
+    value, _ = run_fact(config, tmp_path / "run")
     before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
-    assert do_run(cell.what, tmp_path / "run")[0] == value and (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
+    assert run_fact(config, tmp_path / "run")[0] == value and (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
     table = tmp_path / "clips" / "manifest.csv"
     table.write_text(table.read_text().replace(",valid", ",train"))
     with pytest.raises(EsslError, match="made on other data"):
-        do_run(cell.what, tmp_path / "run")
+        run_fact(config, tmp_path / "run")
 
 
 def test_a_folder_that_is_still_being_saved_is_waited_for():
@@ -154,9 +157,9 @@ def test_a_folder_that_is_still_being_saved_is_waited_for():
             raise Busy("still there")
         return "done"
 
-    assert patiently(busy) == "done"
+    assert retry_while_busy(busy) == "done"
     with pytest.raises(Busy):
-        patiently(lambda: (_ for _ in ()).throw(Busy("for ever")), seconds=0)
+        retry_while_busy(lambda: (_ for _ in ()).throw(Busy("for ever")), seconds=0)
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from essl_nb.data.corpus import load_corpus
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
-from essl_nb.probes.command import beside, essl_probe, read_options
-from essl_nb.probes.frames import Baseline, Piece
+from essl_nb.probes.command import baseline_lines, essl_probe, read_options
+from essl_nb.probes.frames import Baseline, Segment
 from essl_nb.probes.probe import default_probe, list_probes, run_probe, runnable
-from essl_nb.probes.units import fit_units, in_pieces, unit_of
+from essl_nb.probes.units import fit_units, in_segments, unit_of
 
 QUICK = dict(clusters=8, steps=40, batch=256, lr=0.02)
 
@@ -100,14 +100,14 @@ def test_too_little_speech_says_what_to_ask_for():
         probe(Baseline(), "units", Toy(8, phones=False), clusters=1500)
 
 
-def test_long_recordings_are_read_in_pieces():
+def test_long_recordings_are_read_in_segments():
     generator = torch.Generator().manual_seed(0)
     long = Toy(0)
     long.store = Store({f"hour{i}": torch.randn(1000, 80, generator=generator) for i in range(3)})
     long.extend(SimpleNamespace(id=f"hour{i}", phones=None, part="", seconds=10.0, split=s, language="", voice="") for i, s in enumerate(("train", "test", "valid")))
-    pieces = in_pieces(long.store, long, 3.0)
-    assert len(pieces) == 12 and all(isinstance(p, Piece) and p.frames <= 300 for p in pieces)
-    assert [sum(p.frames for p in pieces if p.whole is u) for u in long] == [1000] * 3
+    segments = in_segments(long.store, long, 3.0)
+    assert len(segments) == 12 and all(isinstance(s, Segment) and s.frames <= 300 for s in segments)
+    assert [sum(p.frames for p in segments if p.whole is u) for u in long] == [1000] * 3
     score = probe(Oracle(), "units", long, piece_seconds=3.0, **QUICK)
     assert score.n == 4 and score.settings["recordings"] == 1 and score.count < 500
     with pytest.raises(EsslError, match="one recording"):
@@ -141,7 +141,7 @@ def test_a_baseline_is_not_its_own_rival(folder, tmp_path, monkeypatch, capsys):
 
 def test_the_difference_is_said_with_its_interval():
     score = run_probe(Oracle(), "units", Toy(40, phones=False), progress=False, precision="fp32", **QUICK)
-    lines = beside(score, {"log-mel": score})
+    lines = baseline_lines(score, {"log-mel": score})
     assert "+0.0% [+0.0%, +0.0%]" in lines[0] and "most frequent" in lines[1] and "RankMe" in lines[2]
 
 

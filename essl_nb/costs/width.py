@@ -16,11 +16,11 @@ from ..models.config import EncoderConfig
 
 # %% ../../nbs/costs/06_width.ipynb #57ba6090
 HELD = ("width", "parameters", "macs")
-WIDEST = 8192  # features; no search goes on beyond
+WIDEST = 8192  # features; the search stops there
 
 
 class Matched(NamedTuple):
-    "A configuration and how near it comes."
+    "A configuration and how closely it matches."
     config: EncoderConfig  # with its new dim
     own: int  # what was counted of it: features, parameters, or MACs
     target: int  # the same of the baseline
@@ -55,7 +55,7 @@ class Widths:
 def bracket(
     widths: Widths, # counts by width
     target: int, # to be reached
-    start: int, # where to begin
+    start: int, # where to start
 ) -> int: # the lowest of the taken widths, found by bisection, that reaches the target
     "Raises EsslError where no width is taken, or none reaches the target."
     low = high = widths.next(start) or widths.next(start, -1)
@@ -74,7 +74,7 @@ def bracket(
 # %% ../../nbs/costs/06_width.ipynb #318f5d51
 def matched(
     config: EncoderConfig, # the encoder whose dim is sought
-    against: EncoderConfig, # the one it shall be equal to
+    against: EncoderConfig, # the one to match
     what: str, # width, parameters or macs
     seconds: float = 10.0, # duration of the audio for macs, s
     *,

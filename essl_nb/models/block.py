@@ -32,9 +32,9 @@ class FeedForward(nn.Sequential):
 
 # %% ../../nbs/models/05_block.ipynb #ad8d57f5
 class Block(nn.Module):
-    "A mixer, the norm in front of it, dropout behind it. A block of your own adds what it likes around `mixed`."
+    "A mixer, the norm before it, dropout after it. A block of your own adds what it likes around `mixed`."
     norms_last = False  # True: the block ends in a norm, so the encoder's own norm comes before the first block
-    remembered = 0  # numbers of the past that the parts beside the mixer need in a stream
+    own_state_size = 0  # streaming state of the block's own convolutions, in values; the mixer's comes on top
 
     def __init__(self,
         dim: int, # width of the frames
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def mixed(self, x: Tensor, mask: Tensor | None, layer_state: dict | None) -> tuple: # (B,T,D), layer_state
-        "What the mixer adds to the frames, and what it hands on."
+        "What the mixer adds to the frames, and the layer state for the next block."
         y, layer_state = self.mixer.mix(zero_pads(self.mixer_norm(x), mask), mask, layer_state)
         return self.dropout(y), layer_state
 
@@ -73,7 +73,7 @@ class TransformerBlock(Block):
             self.ff_norm, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult=ff_mult, dropout=dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:
-        "(B,T,D), (B,T), what the block before handed on → (B,T,D), what this one hands on"
+        "(B,T,D), (B,T), layer state of the block before → (B,T,D), layer state for the next"
         y, layer_state = self.mixed(x, mask, layer_state)
         x = x + y
         if not self.mixer.whole_block:
@@ -97,11 +97,11 @@ class PostNormBlock(Block):
     ):
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, dropout=dropout, causal=causal)
         if self.mixer.whole_block:
-            raise EsslError(f"{mixer!r} is a whole block with a norm in front; it cannot stand in a post-norm block. Take block='transformer'.")
+            raise EsslError(f"{mixer!r} is a whole block with a norm before it; it cannot stand in a post-norm block. Take block='transformer'.")
         self.ff_norm, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult=ff_mult, dropout=dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:
-        "(B,T,D), (B,T), what the block before handed on → (B,T,D), what this one hands on"
+        "(B,T,D), (B,T), layer state of the block before → (B,T,D), layer state for the next"
         y, layer_state = self.mixer.mix(x, mask, layer_state)
         x = self.mixer_norm(x + self.dropout(y))
         return zero_pads(self.ff_norm(x + self.ff(x)), mask), layer_state

@@ -56,7 +56,7 @@ class ConvolutionalPosition(nn.Module):
 # %% ../../nbs/models/12_encoder.ipynb #ada4eb24
 @torch.no_grad()
 def initialise(module: nn.Module, gain: float = 0.7):
-    "Draw every linear weight anew: truncated normal of deviation gain/√fan-in, biases 0."
+    "Initialise every linear weight: truncated normal of standard deviation gain/√fan-in, biases 0."
     for m in module.modules():
         if isinstance(m, nn.Linear):
             deviation = gain / math.sqrt(m.in_features)
@@ -66,24 +66,26 @@ def initialise(module: nn.Module, gain: float = 0.7):
 
 # %% ../../nbs/models/12_encoder.ipynb #44464567
 class Encoded(NamedTuple):
-    "What an encoder gives back."
+    "What an encoder returns."
     frames: Tensor  # (B,T,D), after the last norm
-    lengths: Tensor  # (B,) real frames
+    lengths: Tensor  # (B,) real frames of each
     layers: list  # depth+1 tensors (B,T,D): the embedding, then each block's output
 
 # %% ../../nbs/models/12_encoder.ipynb #a26108b9
 class Encoder(Hub, nn.Module):
     "A stack of blocks over a front end; build it with `build_encoder`."
+    stored_as = "float32"  # how the weights lay in the file that they were read from
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         c = self.config = expect(config, EncoderConfig, "EncoderConfig('attention', dim=192) or named_config('small', 'attention')")
         self.frontend = frontends.get(c.frontend)(c.dim, causal=c.causal, **c.frontend_kw)
-        make = lambda: blocks.get(c.block)(c.dim, mixer=c.mixer, mixer_kw=c.mixer_kw, ff_mult=c.ff_mult, dropout=c.dropout, causal=c.causal, **c.block_kw)
-        self.blocks = nn.ModuleList(make() for _ in range(c.depth))
+        options = dict(mixer=c.mixer, mixer_kw=c.mixer_kw, ff_mult=c.ff_mult, dropout=c.dropout, causal=c.causal, **c.block_kw)
+        self.blocks = nn.ModuleList(blocks.get(c.block)(c.dim, **options) for _ in range(c.depth))
         for block in self.blocks[1:]:
-            block.mixer.follow()
-        self.norm, self.norm_first = nn.LayerNorm(c.dim), self.blocks[0].norms_last
+            block.mixer.follow()  # it gets its layer state from the block before: drop parameters that only a first mixer needs
+        self.norm = nn.LayerNorm(c.dim)
+        self.norm_first = self.blocks[0].norms_last  # True: before the first block; False: after the last
         self.adds_position = c.position == "sinusoidal" or (c.position == "auto" and self.blocks[0].mixer.needs_position)
         self.position = ConvolutionalPosition(c.dim) if c.position == "convolutional" else None
         initialise(self)
@@ -100,27 +102,33 @@ class Encoder(Hub, nn.Module):
 
     def forward(self,
         x: Tensor, # (B,N) waveforms at 16 kHz, floats in [-1, 1]; with features=True (B,T,F), as `frontend.features` gives them
-        lengths=None, # (B,) real samples, or features, of each: whole numbers; None: all
+        lengths=None, # (B,) real samples of each (with features=True: real raw features), whole numbers; None: all
         *,
-        features: bool = False, # x holds features
+        features: bool = False, # x holds raw features
         span: Tensor | None = None, # (B,T') bool, True = hidden, at the encoder's rate
         generator: torch.Generator | None = None, # source of what stands in hidden frames
     ) -> Encoded:
-        "The one door: whatever wraps an encoder (DistributedDataParallel, FSDP, compile) sees its calls pass here. Raises EsslError for what it cannot take."
+        "The single entry point, so that wrappers (DistributedDataParallel, FSDP, compile) see every call. Raises EsslError for input that it cannot take."
         if features:
             return self.encode(x, check_features(x, lengths), span, generator)
-        lengths = check_wave(x, lengths, self.frontend.least_samples)
-        raw, frames = self.frontend.features(x, lengths)
-        return self.encode(raw, None if lengths is None else frames, span, generator)
+        samples = check_wave(x, lengths, self.frontend.least_samples)
+        raw, lengths = self.frontend.features(x, samples)
+        return self.encode(raw, None if samples is None else lengths, span, generator)
 
-    def from_features(self, mel: Tensor, lengths=None, *, span: Tensor | None = None, generator=None) -> Encoded:
-        "Frames of raw features (B,T,F): `self(mel, lengths, features=True, span=span)` for an encoder that nothing wraps."
-        return self.encode(mel, check_features(mel, lengths), span, generator)
+    def from_features(self,
+        raw: Tensor, # (B,T,F) raw features, as `frontend.features` gives them: log-mel, or the samples
+        lengths=None, # (B,) real raw features of each; None: all
+        *,
+        span: Tensor | None = None, # (B,T') bool, True = hidden, at the encoder's rate
+        generator: torch.Generator | None = None, # source of what stands in hidden frames
+    ) -> Encoded:
+        "Frames of raw features: `self(raw, lengths, features=True, span=span)` for an encoder without a wrapper."
+        return self.encode(raw, check_features(raw, lengths), span, generator)
 
-    def embed(self, mel, lengths, span=None, generator=None): # (B,T,D), (B,) and (B,T) bool, both None where all are real
-        "The first frames, their lengths, and the mask."
-        check_span(span, mel.shape[0], self.frontend.out_lengths(mel.shape[1]))
-        x, lengths = self.frontend(mel, lengths, span, generator)
+    def embed(self, raw, lengths, span=None, generator=None): # (B,T,D), (B,) and (B,T) bool, both None where all are real
+        "The frames that enter the first block, their lengths, and the mask; `raw` (B,T,F) and `lengths` count raw features."
+        check_span(span, raw.shape[0], self.frontend.out_lengths(raw.shape[1]))
+        x, lengths = self.frontend(raw, lengths, span, generator)
         B, T, D = x.shape
         mask = mask_of(lengths, T)
         if self.adds_position:
@@ -129,9 +137,9 @@ class Encoder(Hub, nn.Module):
             x = self.position(x, mask)
         return x, lengths, mask
 
-    def encode(self, mel, lengths, span, generator) -> Encoded:
-        "All layers over what has been checked; `lengths` is None where all is real."
-        x, lengths, mask = self.embed(mel, lengths, span, generator)
+    def encode(self, raw, lengths, span, generator) -> Encoded:
+        "All layers over checked raw features (B,T,F); `lengths` (B,) is None where all are real."
+        x, lengths, mask = self.embed(raw, lengths, span, generator)
         lengths = torch.full((x.shape[0],), x.shape[1], device=x.device) if lengths is None else lengths
         if self.norm_first:
             x = zero_pads(self.norm(x), mask)
@@ -142,30 +150,37 @@ class Encoder(Hub, nn.Module):
         return Encoded(x if self.norm_first else zero_pads(self.norm(x), mask), lengths, layers)
 
     @torch.no_grad()
-    def mixer_inputs(self, mel: Tensor, lengths: Tensor) -> list: # depth × (frames (B,T,D), mask or None, layer_state or None)
-        "What the mixer of each block is given, for looking at the mixers one by one."
-        seen = []
-        note = lambda mixer, given: seen.append((*given, None)[:3])
-        hooks = [block.mixer.register_forward_pre_hook(note) for block in self.blocks]
+    def mixer_inputs(self,
+        raw: Tensor, # (B,T,F) raw features
+        lengths: Tensor, # (B,) real raw features of each
+    ) -> list: # depth × (frames (B,T,D), mask or None, layer_state or None)
+        "What the mixer of each block is given, recorded by forward hooks, for looking at the mixers one by one."
+        inputs = []
+        record = lambda mixer, args: inputs.append((*args, None)[:3])
+        hooks = [block.mixer.register_forward_pre_hook(record) for block in self.blocks]
         try:
-            self.from_features(mel, lengths)
+            self.from_features(raw, lengths)
         finally:
             for hook in hooks:
                 hook.remove()
-        return seen
+        return inputs
+
+    def extra_repr(self) -> str:
+        "The type that the weights were stored in, where that is not float32."
+        return "" if self.stored_as == "float32" else f"weights were stored as {self.stored_as}"
 
     def parameter_count(self) -> int:
-        "Trained numbers."
+        "Trainable parameters."
         return sum(p.numel() for p in self.parameters())
 
     def save(self,
         folder, # where; made if missing
-        dtype: torch.dtype | None = None, # store the trained weights in this type: torch.float16 halves the size
+        dtype: torch.dtype | None = None, # of the stored weights: torch.float16 halves the size, torch.int8 quarters it
     ) -> Path:
         "Write config.json and model.safetensors. Raises EsslError when the disk is full; an older checkpoint then stays whole."
-        buffers = dict(self.named_buffers())
-        shrink = lambda name, t: t.to(dtype) if dtype and name not in buffers and t.is_floating_point() else t
-        return write_checkpoint(folder, self.config, {name: shrink(name, t) for name, t in self.state_dict().items()})
+        state, trained = self.state_dict(), dict(self.named_parameters())
+        weights = {name: t for name, t in state.items() if name in trained}
+        return write_checkpoint(folder, self.config, weights, {name: t for name, t in state.items() if name not in trained}, dtype)
 
     @classmethod
     def load(cls, folder):
@@ -176,10 +191,10 @@ class Encoder(Hub, nn.Module):
 def build_encoder(
     config: EncoderConfig, # what to build
     *,
-    seed: int | None = None, # draws the weights; None takes torch's own state
+    seed: int | None = None, # of the weights; None: torch's global generator
     cls: type = Encoder, # the class to build
 ) -> Encoder:
-    "An encoder with fresh weights. Raises EsslError where a mixer refuses its options."
+    "An encoder with random weights. Raises EsslError where a mixer refuses its options."
     if seed is None:
         return cls(config)
     with torch.random.fork_rng(devices=[]):
@@ -191,12 +206,13 @@ def load_encoder(
     folder, # what `encoder.save` wrote
     *,
     cls: type = Encoder, # what to make of it: Encoder, or a class of yours that is one
-) -> Encoder: # in float32, in evaluation mode
+) -> Encoder: # in float32, in evaluation mode; `stored_as` says in how many bits its weights were stored
     "Read an encoder back. Raises EsslError where files are missing, torn, or do not fit each other."
-    config, tensors = read_checkpoint(folder)
-    encoder = build_encoder(config, seed=0, cls=cls)
+    found = read_checkpoint(folder)
+    encoder = build_encoder(found.config, seed=0, cls=cls)
     try:
-        encoder.load_state_dict(tensors)
+        encoder.load_state_dict(found.tensors)
     except RuntimeError as e:
         raise EsslError(f"The weights in {folder} do not fit its config.json ({str(e).splitlines()[-1].strip()}); the two files come from different encoders.") from e
+    encoder.stored_as = found.stored_as
     return encoder.eval()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from .frontend import Constants, WaveFrontend, frontends, silence
+from .frontend import Constants, WaveFrontend, frontends, zero_pads_channels_first
 
 # %% ../../nbs/models/03_sincnet.ipynb #84179468
 class SincFilters(Constants):
@@ -89,22 +89,27 @@ class SincNetFrontend(WaveFrontend):
         self.layers = nn.ModuleList(nn.Conv1d(a, b, k, s) for a, b, (k, s) in zip(sizes, sizes[1:], STRIDES[1:]))
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes)
 
-    def energies(self, wav: Tensor, lengths: Tensor | None) -> tuple: # (B,filters,T), at 800 Hz, not silenced; (B,), or None where all is real
+    def energies(self,
+        raw: Tensor, # (B,N,1)
+        samples: Tensor | None, # (B,) real samples of each; None: all
+    ) -> tuple: # (B,filters,T) at 800 Hz, anything in the padding; (B,), or None where all is real
         "The size of each band, every 20 samples."
-        x, lengths = self.enter(wav, lengths)
-        (kernel, stride), (pooled, step) = self.convolutions[:2]
-        later = lambda kernel, stride: None if lengths is None else self.after(lengths, kernel, stride)
-        x, lengths = self.filters(silence(x, lengths), stride).abs(), later(kernel, stride)
-        x, lengths = F.avg_pool1d(silence(x, lengths), pooled, step), later(pooled, step)
+        x, lengths = self.channels_first(raw, samples)  # (B,1,N)
+        (kernel, stride), (pool, pool_stride) = self.convolutions[:2]
+        shorter = lambda lengths, kernel, stride: None if lengths is None else self.after(lengths, kernel, stride)
+        x = self.filters(zero_pads_channels_first(x, lengths), stride).abs()
+        lengths = shorter(lengths, kernel, stride)
+        x = F.avg_pool1d(zero_pads_channels_first(x, lengths), pool, pool_stride)
+        lengths = shorter(lengths, pool, pool_stride)
         return (x + QUIET).log() if self.compress == "log" else x, lengths
 
-    def forward(self, wav, lengths, span=None, generator=None): # (B,T',D), (B,)
-        "Frames from samples (B,N,1); `span` (B,T') bool hides frames."
-        x, inside = self.energies(wav, lengths)
+    def forward(self, raw, lengths, span=None, generator=None): # (B,T',D), (B,)
+        "Frames from raw features (B,N,1), samples here, and their lengths; `span` (B,T') bool hides frames."
+        x, inside = self.energies(raw, lengths)
         x = self.norms[0](x.transpose(1, 2).to(self.norms[0].weight.dtype)).transpose(1, 2)
         for layer, norm, (kernel, stride) in zip(self.layers, self.norms[1:], STRIDES[1:]):
-            x = layer(silence(x, inside))
+            x = layer(zero_pads_channels_first(x, inside))
             inside = None if inside is None else self.after(inside, kernel, stride)
             x = norm(x.transpose(1, 2)).transpose(1, 2)
             x = x if layer is self.layers[-1] else F.gelu(x)
-        return self.leave(x.transpose(1, 2), lengths, span)
+        return self.finish(x.transpose(1, 2), lengths, span)

@@ -89,7 +89,7 @@ def config_of(
     pre_norm: bool | None, # None: as published
     normalise: bool, # bring waveforms to variance 1
 ) -> EncoderConfig:
-    "The encoder that these tensors are of. Raises EsslError where there is none."
+    "The configuration that these tensors fit. Raises EsslError where there is none."
     shape = lambda name: tuple(tensors[name].shape) if name in tensors else None
     convolution = "feature_extractor.conv_layers.{}.{}".format
     kernels = [(shape(convolution(i, "conv.weight")) or (0, 0, 0))[2] for i in range(len(CONVOLUTIONS))]
@@ -145,7 +145,7 @@ def prove_same(
     encoder: Encoder, # just imported
     model: nn.Module, # where its weights come from, without heads
     theirs, # (model, (1,N)) → (1,T,D): frames of its last block
-    layer: int | None = None, # which of our layers those frames are; None: after the last norm
+    layer: int | None = None, # which of our layers to compare with; None: the frames after the last norm
 ):
     "Encode the same noise with both. Raises EsslError where the frames differ."
     weight = next(model.parameters())
@@ -155,18 +155,18 @@ def prove_same(
     model = model if exact else copy.deepcopy(model).float()
     wav = torch.randn(1, NOISE_SAMPLES, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu") * 0.1
     wav = wav.to(weight.device, weight.dtype if exact else torch.float32)
-    seen = standardise(wav[..., None])[..., 0] if encoder.frontend.normalise else wav
+    normalised = standardise(wav[..., None])[..., 0] if encoder.frontend.normalise else wav
     try:
-        expected = theirs(model.eval(), seen)
+        expected = theirs(model.eval(), normalised)
     finally:
         model.train(was_training)
     encoded = encoder(wav.to(next(encoder.parameters()).device))
     ours = (encoded.frames if layer is None else encoded.layers[layer]).to(expected.device)
     if ours.shape != expected.shape:
         raise EsslError(f"The model turns {NOISE_SAMPLES} samples into frames of the shape {tuple(expected.shape)} and the imported encoder into {tuple(ours.shape)}: it has strides, pooling or an adapter that this encoder has not.")
-    away = ((ours - expected).abs().max() / expected.abs().max()).item()
-    if not away < SAME:
-        raise EsslError(f"The imported encoder computes other frames than the model (they differ by {away:.1e} of the largest value, {SAME:g} is allowed): its code or its settings are not those of a published wav2vec 2.0 or HuBERT.")
+    difference = ((ours - expected).abs().max() / expected.abs().max()).item()
+    if not difference < SAME:
+        raise EsslError(f"The imported encoder computes other frames than the model (they differ by {difference:.1e} of the largest value, {SAME:g} is allowed): its code or its settings are not those of a published wav2vec 2.0 or HuBERT.")
 
 
 def from_torchaudio(
@@ -202,7 +202,7 @@ ONLY = {  # setting of transformers → the one value that there is here
 def check_settings(
     config, # of a model of transformers
 ):
-    "Raises EsslError that names each setting which cannot be carried over."
+    "Raises EsslError that names each setting which this encoder does not have."
     plain = lambda v: list(v) if isinstance(v, (list, tuple)) else v
     other = [f"{k}={plain(getattr(config, k))!r} (here: {v!r})" for k, v in ONLY.items() if hasattr(config, k) and plain(getattr(config, k)) != v]
     if other:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, masked_mean, zero_pads
-from .frontend import WaveFrontend, frontends, silence
+from .frontend import WaveFrontend, frontends, zero_pads_channels_first
 
 # %% ../../nbs/models/02_waveform.ipynb #fd13addd
 def standardise(
@@ -21,8 +21,8 @@ def standardise(
 ) -> Tensor: # (B,T,C), zeros in the padding
     "Each feature to mean 0 and variance 1 over the real frames."
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    away = zero_pads(exact - masked_mean(exact, real)[:, None], real)
-    return (away * (masked_mean(away**2, real)[:, None] + 1e-5).rsqrt()).to(x.dtype)
+    centred = zero_pads(exact - masked_mean(exact, real)[:, None], real)
+    return (centred * (masked_mean(centred**2, real)[:, None] + 1e-5).rsqrt()).to(x.dtype)
 
 
 class FeatureNorm(nn.LayerNorm):
@@ -81,22 +81,28 @@ class Wav2Vec2Frontend(WaveFrontend):
         for layer in self.layers:
             nn.init.kaiming_normal_(layer.weight)
 
-    def features(self, wav: Tensor, lengths: Tensor): # (B,N,1), (B,)
-        "The samples, with silence in the padding."
-        x, samples = super().features(wav, lengths)
+    def features(self,
+        wav: Tensor, # (B,N)
+        samples: Tensor | None = None, # (B,) real samples of each; None: all
+    ): # the samples as raw features (B,N,1), (B,) real ones of each
+        "The samples, with zeros in the padding, brought to mean 0 and variance 1 where `normalise` asks for it."
+        x, samples = super().features(wav, samples)
         return standardise(x, lengths_to_mask(samples, wav.shape[1])) if self.normalise else x, samples
 
-    def convolved(self, wav: Tensor, lengths: Tensor) -> Tensor: # (B,T',C)
-        "What leaves the last convolution; not silenced."
-        x, lengths = self.enter(wav, lengths)
+    def convolved(self,
+        raw: Tensor, # (B,N,1)
+        samples: Tensor | None, # (B,) real samples of each; None: all
+    ) -> Tensor: # (B,T',C), anything in the padding
+        "What leaves the last convolution."
+        x, lengths = self.channels_first(raw, samples)  # (B,1,N)
         for i, (layer, (kernel, stride)) in enumerate(zip(self.layers, self.convolutions)):
-            x = layer(silence(x.to(layer.weight.dtype), lengths))
+            x = layer(zero_pads_channels_first(x.to(layer.weight.dtype), lengths))
             lengths = None if lengths is None else self.after(lengths, kernel, stride)
             if i < len(self.norms):
                 x = self.norms[i](x, None if lengths is None else lengths_to_mask(lengths, x.shape[-1]))
             x = F.gelu(x)
         return x.transpose(1, 2)
 
-    def forward(self, wav, lengths, span=None, generator=None): # (B,T',D), (B,)
-        "Frames from samples (B,N,1); `span` (B,T') bool hides frames."
-        return self.leave(self.project(self.last_norm(self.convolved(wav, lengths))), lengths, span)
+    def forward(self, raw, lengths, span=None, generator=None): # (B,T',D), (B,)
+        "Frames from raw features (B,N,1), samples here, and their lengths; `span` (B,T') bool hides frames."
+        return self.finish(self.project(self.last_norm(self.convolved(raw, lengths))), lengths, span)

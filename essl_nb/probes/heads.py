@@ -71,7 +71,7 @@ def train_head(
     progress: bool = True,
     name: str = "training a head",
 ) -> LayerHead:
-    "AdamW with a cosine, on frames drawn at random. Raises EsslError where there is nothing to learn from, or the head diverges."
+    "AdamW with a cosine schedule, on random frames. Raises EsslError where there is nothing to learn from, or the head diverges."
     if not len(frames) or steps < 1 or batch < 1:
         raise EsslError(f"A head was to be trained on {len(frames)} frames in {steps} steps of {batch}; at least one of each is needed. "
             "Where there are no frames, give more recordings to the train split.")
@@ -100,5 +100,5 @@ def posteriors(
     *,
     batch: int = 8192, # frames
 ) -> Tensor: # (N,C) log-probabilities
-    "The trained head's answer to every frame."
+    "The trained head's log-probabilities for every frame."
     return torch.cat([model(frames.rows(i).to(model.mix.device)).log_softmax(-1).cpu() for i in torch.arange(len(frames)).split(batch)])

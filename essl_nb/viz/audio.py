@@ -16,9 +16,9 @@ from .style import GREY, plain, plain_text
 # %% ../../nbs/viz/02_audio.ipynb #7c1736f2
 def envelope(
     wav: np.ndarray, # (N,) samples in [-1, 1]
-    columns: int = 1200, # stretches to draw, at most
+    columns: int = 1200, # intervals to draw, at most
 ) -> tuple: # (starts in samples, lows, highs), each (columns,)
-    "The smallest and the largest sample of each of `columns` equal stretches."
+    "The smallest and the largest sample of each of `columns` equal intervals."
     wav = np.asarray(wav, dtype="float32")
     step = max(1, -(-len(wav) // columns))
     starts = np.arange(0, len(wav), step)
@@ -29,7 +29,7 @@ def waveform_trace(
     wav: np.ndarray, # (N,) samples in [-1, 1]
     *,
     rate: int = 16000, # samples per second
-    start: float = 0.0, # seconds at which the first sample stands
+    start: float = 0.0, # time of the first sample, s
 ) -> go.Scatter: # one filled outline
     "The outline of a waveform over time in seconds."
     starts, lows, highs = envelope(wav)
@@ -51,7 +51,7 @@ def mel_bin(
     fmin: float = 20.0, # lowest edge, Hz
     fmax: float = 8000.0, # highest edge, Hz
 ) -> float: # position on the axis of bands, 0 for the centre of the lowest
-    "Where a frequency stands among the HTK mel bands."
+    "The position of a frequency among the HTK mel bands."
     mel = lambda f: 2595 * np.log10(1 + f / 700)
     return float((mel(hertz) - mel(fmin)) / (mel(fmax) - mel(fmin)) * (n_mels + 1) - 1)
 
@@ -60,7 +60,7 @@ def mel_trace(
     mel: np.ndarray, # (T, 80) natural log of mel power
     *,
     frame_seconds: float = 0.01, # seconds from frame to frame
-    start: float = 0.0, # seconds at which frame 0 stands
+    start: float = 0.0, # time of frame 0, s
     span_db: float = 70.0, # decibels from the brightest to the darkest colour
 ) -> go.Heatmap: # bands over time
     "A spectrogram in decibels, magma colours."
@@ -122,8 +122,8 @@ def clip_figure(
     *,
     phones=(), # of Phone; empty where they are not known
     rate: int = 16000, # samples per second
-    start: float = 0.0, # seconds at which the first sample stands in the clip
-    below: tuple = (), # heights in pixels of empty rows to add beneath
+    start: float = 0.0, # time of the first sample in the clip, s
+    below: tuple = (), # heights in pixels of empty rows to add below
     title: str = "", # the figure's title
 ) -> go.Figure: # rows over one time axis; its meta says which row holds what
     "Waveform, log-mel and phones of a clip over one shared time axis."

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 from madeup import make_curves, make_study
 
-from essl_nb.app.door import refusal
+from essl_nb.app.access import refusal
 from essl_nb.app.explorer import free_port
 from essl_nb.app.page import PLOTLY_JS
 from essl_nb.app.uploads import PREFIX, Uploads
@@ -41,7 +41,7 @@ def start(tmp: Path, study: Path, corpus: Path, **more) -> tuple: # (process, ad
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "A study, neighbours that are broken in several ways, and a corpus of three clips."
-    folder = tmp_path_factory.mktemp("shelf")
+    folder = tmp_path_factory.mktemp("study")
     study = make_study(folder / "opened", seeds=1, names=list_mixers()[:3])
     make_curves(folder / "curves", list_mixers()[:3])
     grid = (study / "grid.json").read_bytes()
@@ -150,19 +150,19 @@ def test_an_upload_is_read_once_and_gone(server, tmp_path):
         conf, sound = config(c), tone(tmp_path / "mine.wav", 333)
         path = upload(c, sound).json()[0]
         assert len(lying(tmp)) == 1
-        own = event(conf, "on_own")["id"]
+        own = event(conf, "on_upload")["id"]
         answers = call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], "one")
-        assert "essl-fault" not in said_by(answers) and not lying(tmp)
+        assert "essl-error" not in said_by(answers) and not lying(tmp)
         assert "choose it again" in said_by(call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], "two")), "gone is gone"
 
 
 def test_two_who_send_the_same_file_both_hear_it(server, tmp_path):
     address, tmp = server
     with client(address) as c:
-        own, sound = event(config(c), "on_own")["id"], tone(tmp_path / "same.wav", 444)
+        own, sound = event(config(c), "on_upload")["id"], tone(tmp_path / "same.wav", 444)
         paths = [upload(c, sound).json()[0] for _ in "ab"]
         for session, path in zip(("a1", "b1"), paths):
-            assert "essl-fault" not in said_by(call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], session))
+            assert "essl-error" not in said_by(call(c, own, [dict(path=path, meta={"_type": "gradio.FileData"})], session))
         assert not lying(tmp)
 
 
@@ -172,7 +172,7 @@ def test_files_of_the_installation_cannot_be_named(server, made):
     victims = [PLOTLY_JS, made[1] / "0.wav", made[0] / "rows.jsonl"]
     with client(address) as c:
         conf = config(c)
-        for name in ("on_own", "on_record"):
+        for name in ("on_upload", "on_record"):
             for i, victim in enumerate(victims):
                 session = f"thief{name}{i}"
                 try:
@@ -204,7 +204,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(server):
 
 
 def test_uploads_have_a_sum(tmp_path):
-    uploads = Uploads(tmp_path, each=100, visitor=150, everyone=220)
+    uploads = Uploads(tmp_path, max_file=100, max_visitor=150, max_total=220)
     uploads.reserve("a", 100)
     with pytest.raises(EsslError, match="wait a minute"):
         uploads.reserve("a", 100)
@@ -216,15 +216,15 @@ def test_uploads_have_a_sum(tmp_path):
 
 
 def test_what_nobody_reads_is_swept(tmp_path):
-    uploads = Uploads(tmp_path, stay=0)
+    uploads = Uploads(tmp_path, max_age=0)
     for name in ("brought", "left by the framework"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.wav").write_bytes(b"x")
-    uploads.arrived("a", [tmp_path / "brought" / "a.wav"])
+    uploads.add("a", [tmp_path / "brought" / "a.wav"])
     os.utime(tmp_path / "left by the framework" / "a.wav", (0, 0))
     time.sleep(0.05)
     uploads.sweep()
-    assert not list(tmp_path.rglob("*.wav")) and uploads.lying() == 0
+    assert not list(tmp_path.rglob("*.wav")) and uploads.bytes_held() == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
