@@ -86,7 +86,7 @@ def test_decibels_of_empty_rows_are_the_floor():
 
 
 def test_unknown_phone_sets_can_be_drawn():
-    from essl_nb.data.corpus import Phone
+    from essl_nb.data.tables import Phone
 
     phones = (Phone("ʃ", 0.0, 0.2), Phone("", 0.2, 0.3), Phone("aa1", 0.3, 0.5))
     fig = clip_figure(WAV.numpy(), np.zeros((50, 80)), phones=phones)

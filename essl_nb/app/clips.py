@@ -205,7 +205,7 @@ class Sessions:
             self.remove_files(session)
 
     def eviction_message(self, key: str) -> str: # a sentence, or nothing
-        "What a visitor is told whose sound was evicted."
+        "The message for a visitor whose sound was evicted."
         return "Your sound was removed while it was idle, since there was no room for all uploads; choose it again." if key in self.evicted else ""
 
     def end(self, key: str):

@@ -38,7 +38,7 @@ def remove_stale(parent: Path):
             continue
 
 
-def upload_folder() -> Path: # readable by this user alone
+def upload_folder() -> Path: # readable by this user only
     "This process's folder for uploads, made when it is first asked for and removed at its end."
     if os.getpid() not in OWN:
         parent = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())

@@ -184,9 +184,9 @@ def listen(
         weight = int(ctc_weights(lengths, heard_of).sum())
         loss, counted = loss + float(ctc(logp, lengths, heard_of)) * weight, counted + weight
         for i, best, length in zip(batch, logp.argmax(-1), lengths.tolist()):
-            heard = greedy(best[:length])
-            units[i] = [edit_distance(heard, phones[i]), len(phones[i])]
-            blank, frames, said = blank + int((best[:length] == 0).sum()), frames + length, said + len(heard)
+            decoded = greedy(best[:length])
+            units[i] = [edit_distance(decoded, phones[i]), len(phones[i])]
+            blank, frames, said = blank + int((best[:length] == 0).sum()), frames + length, said + len(decoded)
     return Heard(units, loss / max(1, counted), blank / max(1, frames), said)
 
 
@@ -269,10 +269,10 @@ def fit(
     matrices = [p for p in model.parameters() if p.ndim > 1]
     groups = [dict(params=matrices, weight_decay=recipe.weight_decay), dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
     optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-    heard = [i for i, x in enumerate(raws) if out_frames(model, len(x))] # clips with at least a frame
-    lengths, rate_of = [len(raws[i]) for i in heard], raw_rate(getattr(model, "encoder", model))
+    usable = [i for i, x in enumerate(raws) if out_frames(model, len(x))] # clips with at least a frame
+    lengths, rate_of = [len(raws[i]) for i in usable], raw_rate(getattr(model, "encoder", model))
     order = lambda epoch: duration_batches(lengths, int(rate_of * recipe.batch_seconds), generator=seeded("order", recipe.seed, epoch))
-    plan = [[[heard[i] for i in batch] for batch in order(epoch)] for epoch in range(recipe.epochs)]
+    plan = [[[usable[i] for i in batch] for batch in order(epoch)] for epoch in range(recipe.epochs)]
     steps, step, curve = sum(map(len, plan)), 0, []
     looks = {round((k + 1) * recipe.epochs / min(recipe.points, recipe.epochs)) for k in range(min(recipe.points, recipe.epochs))}
     bar = tqdm(total=steps, desc=f"fine-tuning at {recipe.lr:g}", unit="batch", disable=not progress, leave=False)
