@@ -39,9 +39,9 @@ def test_arguments_that_cannot_be_are_answered():
         TSMLP(8, shift=0)
     with pytest.raises(EsslError, match="crop=0"):
         MLPMixer(8, crop=0)
-    with pytest.raises(EsslError, match="all frames of a crop"):
+    with pytest.raises(EsslError, match="all frames of a chunk"):
         MLPMixer(8, causal=True)
-    with pytest.raises(EsslError, match="a ring"):
+    with pytest.raises(EsslError, match="circular"):
         FMLP(8, causal=True)
 
 

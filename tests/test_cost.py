@@ -8,6 +8,7 @@ import torch
 
 from essl_nb.core import machine
 from essl_nb.core.count import count_macs
+from essl_nb.core.memory import forked_peak
 from essl_nb.core.precision import choose_precision
 from essl_nb.core.registry import EsslError
 from essl_nb.costs import cards, measure
@@ -86,7 +87,7 @@ def test_a_child_that_fails_says_so():
         raise MemoryError
 
     with pytest.raises(RuntimeError, match="no result"):
-        measure.peak_bytes(fail)
+        forked_peak(fail)
 
 
 class Doubler(Mixer):

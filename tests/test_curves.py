@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from essl_nb.core.files import append_line, read_lines
 from essl_nb.core.memory import allocated_peak
 from essl_nb.core.registry import EsslError, UnknownName
-from essl_nb.costs import cards, curves
+from essl_nb.costs import cards, curves, growth
 from essl_nb.costs.macs import encoder_macs, parameter_count
 from essl_nb.costs.width import matched
 from essl_nb.mixers.base import FAMILIES, Mixer, list_mixers, mixers
@@ -131,8 +131,8 @@ def test_rows_are_appended_resumed_and_say_why_not(guests, tmp_path):
     assert row["made"]["threads"] == 1 and row["made"]["versions"]["torch"] == torch.__version__
     assert curves.cost_curves(file, names=names, seconds=(1, 4), **SMALL) == 0, "what is there is not measured again, and what is skipped for the same reason is not told twice"
     assert curves.cost_curves(file, names=[BASE], seconds=(1,), again=True, **SMALL) == 1
-    assert len(curves.load_curves(tmp_path)) == 3 and len(curves.load_curves(file, skipped=True)) == 3
-    assert len(curves.crossover(curves.load_curves(file))) == 2 and set(curves.exponents(curves.load_curves(file))) >= {"time", "memory", "complexity"}
+    assert len(growth.load_curves(tmp_path)) == 3 and len(growth.load_curves(file, skipped=True)) == 3
+    assert len(growth.crossover(growth.load_curves(file))) == 2 and set(growth.exponents(growth.load_curves(file))) >= {"time", "memory", "complexity"}
 
 
 def test_another_processor_and_empty_files_are_refused(tmp_path):
@@ -141,10 +141,10 @@ def test_another_processor_and_empty_files_are_refused(tmp_path):
     with pytest.raises(EsslError, match="measured on Abacus"):
         curves.cost_curves(file, names=[BASE], seconds=(1,), **SMALL)
     with pytest.raises(EsslError, match="essl_curves"):
-        curves.load_curves(tmp_path / "none")
+        growth.load_curves(tmp_path / "none")
     append_line(tmp_path / "s.jsonl", dict(mixer=BASE, width=32, batch=1, **{"pass": "forward"}, seconds=1.0, skipped="so"))
     with pytest.raises(EsslError, match="no measured point yet"):
-        curves.load_curves(tmp_path / "s.jsonl")
+        growth.load_curves(tmp_path / "s.jsonl")
 
 
 def test_long_calls_and_large_ones_are_predicted_from_shorter_ones():
@@ -194,17 +194,17 @@ def made(name, family, times, memory, seconds=(10.0, 20.0, 40.0, 80.0)):
 def test_exponents_and_crossings_of_known_curves():
     s = np.array([10.0, 20.0, 40.0, 80.0])
     frame = pd.concat([made("line", "pooling", s * 0.3, s * 2e6), made("slow", "recurrent", s**2 / 50, s * 5e5), made(BASE, "attention", s**2 / 100, s * 1e6)])
-    fits = curves.exponents(frame).set_index("mixer")
+    fits = growth.exponents(frame).set_index("mixer")
     assert np.allclose(fits.loc[["line", "slow", BASE], "time"], [1, 2, 2]) and np.allclose(fits.memory, 1)
-    cross = curves.crossover(frame).set_index("mixer")
-    assert cross.time["line"] == pytest.approx(30) and cross.memory["line"] == curves.NEVER
-    assert cross.time["slow"] == curves.NEVER and cross.memory["slow"] == curves.ALWAYS
-    assert not len(curves.exponents(frame[frame.seconds < 20]))
+    cross = growth.crossover(frame).set_index("mixer")
+    assert cross.time["line"] == pytest.approx(30) and cross.memory["line"] == growth.NEVER
+    assert cross.time["slow"] == growth.NEVER and cross.memory["slow"] == growth.ALWAYS
+    assert not len(growth.exponents(frame[frame.seconds < 20]))
 
 
 def test_a_crossing_is_the_last_one_and_equal_is_not_cheaper():
-    assert curves.crossing([1, 2, 4, 8], [2, 0.5, 2, 0.5]) == pytest.approx(math.sqrt(32))
-    assert curves.crossing([1, 2], [1, 1]) == curves.NEVER and curves.crossing([1, 2], [0.9, 0.8]) == curves.ALWAYS
+    assert growth.crossing([1, 2, 4, 8], [2, 0.5, 2, 0.5]) == pytest.approx(math.sqrt(32))
+    assert growth.crossing([1, 2], [1, 1]) == growth.NEVER and growth.crossing([1, 2], [0.9, 0.8]) == growth.ALWAYS
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)

@@ -403,9 +403,9 @@ def test_bucketed_has_each_clip_once_and_little_padding():
 
 def test_cut_clip():
     for frames in (1, 3, 4, 399, 400, 401, 803, 8000):
-        pieces = cut_clip(0, frames, 400, 4)
-        assert sum(p.frames for p in pieces) == frames and max(p.frames for p in pieces) <= 400 and all(p.start % 4 == 0 for p in pieces)
-        assert all(a.start + a.frames == b.start for a, b in zip(pieces, pieces[1:])) and len(pieces) == -(-frames // 400)
+        chunks = cut_clip(0, frames, 400, 4)
+        assert sum(p.frames for p in chunks) == frames and max(p.frames for p in chunks) <= 400 and all(p.start % 4 == 0 for p in chunks)
+        assert all(a.start + a.frames == b.start for a, b in zip(chunks, chunks[1:])) and len(chunks) == -(-frames // 400)
 
 
 @pytest.mark.parametrize("make, words", [

@@ -1,5 +1,6 @@
 """The rules that keep the repository readable, as tests. CONTRIBUTING.md says why each is there."""
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -127,6 +128,17 @@ def test_no_import_leads_to_a_later_page_or_folder(path):
     assert not later, f"{here} imports {', '.join(later)}, which a reader meets later: move what they share down, or the page up (docs/design.md, Folders)"
 
 
+SAID = re.compile(r"from essl_nb\.([\w.]+) import (\w+(?:, \w+)*)")
+
+
+@pytest.mark.parametrize("path", [p for p in [*NOTEBOOKS, *SOURCES, *(q.relative_to(ROOT) for q in ROOT.glob("docs/*.md")), Path("README.md")] if (ROOT / p).exists()], **ids)
+def test_what_code_prose_or_a_string_imports_is_there(path):
+    for module, listed in set(SAID.findall((ROOT / path).read_text(encoding="utf-8"))):
+        home = importlib.import_module(f"essl_nb.{module}")
+        for name in listed.split(", "):
+            assert hasattr(home, name) or (ROOT / "essl_nb" / module.replace(".", "/") / f"{name}.py").exists(), f"essl_nb.{module} has no {name}"
+
+
 def test_a_folder_has_one_class_of_a_name():
     homes = {}
     for path in MODULES:
@@ -235,8 +247,8 @@ def code_of(path) -> list[ast.AST]:
 
 
 def is_free(path) -> bool:
-    "mixers/, tutorials/ and index.ipynb (a tutorial in front of the door) may name mixers; study configurations are JSON."
-    return bool({"mixers", "tutorials"} & set(path.parts)) or path.name in ("index.ipynb", "test_hygiene.py")
+    "mixers/, tutorials/, index.ipynb (a tutorial in front of the door) and the pages of results may name mixers; study configurations are JSON."
+    return bool({"mixers", "tutorials", "docs"} & set(path.parts)) or path.name in ("index.ipynb", "test_hygiene.py")
 
 
 @pytest.mark.parametrize("path", [p for p in [*MODULES, *NOTEBOOKS, *SOURCES] if not is_free(p)], **ids)
@@ -257,7 +269,7 @@ def prose(path) -> str:
     return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S)
 
 
-PAGES = [p for p in (Path("README.md"), Path("CONTRIBUTING.md"), Path("docs/design.md"), Path("corpus/README.md")) if (ROOT / p).exists()]
+PAGES = [p for p in (Path("README.md"), Path("CONTRIBUTING.md"), *sorted(q.relative_to(ROOT) for q in (ROOT / "docs").glob("*.md")), Path("corpus/README.md")) if (ROOT / p).exists()]
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], **ids)
@@ -265,6 +277,12 @@ def test_links_within_the_repository_lead_somewhere(path):
     targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", prose(path))
     broken = [t for t in targets if not re.match(r"\w+:", t) and not (ROOT / path).parent.joinpath(t).exists()]
     assert not broken, f"{path} links to {', '.join(broken)}"
+
+
+def test_every_figure_is_on_a_page():
+    shown = {(p.parent / target).as_posix() for p in PAGES for target in re.findall(r"\]\(([^)\s#]+)\)", (ROOT / p).read_text(encoding="utf-8"))}
+    figures = {p.relative_to(ROOT).as_posix() for p in (ROOT / "docs/figures").iterdir()}
+    assert figures and not (orphans := figures - shown), f"on no page: {', '.join(sorted(orphans))}; `make export` removes figures that were drawn for one"
 
 
 def tracked() -> list[Path]:

@@ -40,7 +40,7 @@ def forget():
     for name in [n for n in sys.modules if n.split(".")[0] == "loopy"]:
         del sys.modules[name]
     importlib.invalidate_caches()
-    for function in (jit.cache_key, jit.folder_for, jit.say_once):
+    for function in (jit.cache_key, jit.folder_for, jit.warn_once):
         function.cache_clear()
 
 

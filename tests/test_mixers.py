@@ -125,7 +125,7 @@ BREAKS = {
     "state": dict(blend=lambda self, x: Broken.blend(self, x) * self.secret, __init__=lambda self, dim, *, causal=False: (Broken.__init__(self, dim), setattr(self, "secret", torch.rand(()).item()))[0]),
     "meta": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) * (1 if x.sum().item() else 2)),
     "macs": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) + 0 * (zero_pads(x, mask) @ zero_pads(x, mask).mT @ zero_pads(x, mask))),
-    "layer_state": dict(carries=True, forward=lambda self, x, mask=None, layer_state=None, *, return_state=False: (Broken.forward(self, x, mask), {"mean": x.mean(1)}) if return_state else Broken.forward(self, x, mask)),
+    "layer state": dict(passes_state=True, forward=lambda self, x, mask=None, layer_state=None, *, return_state=False: (Broken.forward(self, x, mask), {"mean": x.mean(1)}) if return_state else Broken.forward(self, x, mask)),
     "half": dict(forward=lambda self, x, mask=None: Broken.forward(self, x.float() if x.dtype == torch.bfloat16 else x, mask)),
     "every weight": dict(__init__=lambda self, dim, *, causal=False: (Broken.__init__(self, dim), setattr(self, "unheard", torch.nn.Parameter(torch.zeros(1))))[0]),
     "memory": dict(forward=lambda self, x, mask=None: Broken.forward(self, x, mask) + 0 * zero_pads(x[:, :1].repeat(1, x.shape[1] ** 2 // 64 + 1, 1)[:, : x.shape[1]], mask)),

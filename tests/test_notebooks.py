@@ -1,12 +1,18 @@
-"""Every notebook runs from top to bottom, each in a process of its own.
+"""Every notebook runs from top to bottom, each in a process of its own, and what it stores is what it gives.
+
+Stored outputs are compared word by word with those of the run, numbers left out: a list of names, a sentence, a table's
+columns, a figure's title must be today's. A cell whose words depend on the machine says `#| varies`.
 
 One server process imports the heavy libraries once and forks for each notebook, so that a notebook starts in
 milliseconds and nothing that it registers or patches is seen by another.
 """
+import json
 import multiprocessing
 import os
+import re
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,27 +29,65 @@ def notebooks() -> list[Path]:
     "All notebooks with code to run, reading order, index.ipynb first."
     folders = ["tutorials", *check.folders(ROOT)]
     found = [ROOT / p for p in check.notebooks(ROOT) if p.parts[0] == "nbs"]
-    return [ROOT / "index.ipynb", *sorted(found, key=lambda p: (folders.index(p.parent.relative_to(ROOT / "nbs").as_posix()), p.name))]
+    pages = [ROOT / p for p in check.notebooks(ROOT) if p.parts[0] != "nbs"]
+    return [*pages, *sorted(found, key=lambda p: (folders.index(p.parent.relative_to(ROOT / "nbs").as_posix()), p.name))]
+
+
+FIGURES = ("application/vnd.plotly.v1+json", "image/png", "image/svg+xml")
+
+
+def words(cell) -> Counter:
+    "The words that a cell's outputs show, and how many figures: no numbers, no order, no line breaks."
+    found = Counter()
+    for o in cell.get("outputs", ()):
+        if o["output_type"] == "stream" and o["name"] == "stderr":
+            continue
+        data = o.get("data", {})
+        figure = next((data[kind] for kind in FIGURES if kind in data), None)
+        text = o.get("text", "") if o["output_type"] == "stream" else "" if figure is not None else data.get("text/plain", "")
+        if figure is not None:
+            found["(a figure)"] += 1
+            text = str(((figure.get("layout") or {}).get("title") or {}).get("text", "")) if isinstance(figure, dict) else ""
+        text = re.sub(r"0x[0-9a-f]+|\x1b\[[0-9;]*m|<[^<>]*>|\S*/\S*", " ", "".join(text))  # addresses, colours, tags, paths
+        found.update(re.findall(r"[A-Za-zÀ-ž_]{3,}", text))
+    return found
+
+
+def stale(run, stored) -> list[str]:
+    "A line for each cell whose stored outputs have other words than those of the run."
+    found, before = [], {c["id"]: c for c in stored["cells"]}
+    for cell in run.cells:
+        source = "".join(cell.source)
+        if cell.cell_type != "code" or source.lstrip().startswith("#| varies") or "outputs" not in cell:
+            continue
+        now, then = words(cell), words(before[cell["id"]])
+        if now != then:
+            head = next((line for line in source.splitlines() if line.strip() and not line.startswith("#|")), "")
+            found.append(f"the cell {head[:60]!r} stores {sorted((then - now).elements())[:8]} and gives {sorted((now - then).elements())[:8]}")
+    return found
 
 
 def run_notebook(path: str, force: list, log: str, answer):
-    "In the child: run one notebook with nbdev, everything that it prints into `log`."
+    "In the child: run one notebook with nbdev, everything that it prints into `log`; answer whether it passed and what it stores that it does not give."
     with open(log, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
     sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
+    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
+    found, stored = [], json.loads(Path(path).read_text(encoding="utf-8"))
     try:
+        import nbdev.test
         from nbdev.config import get_config
-        from nbdev.test import test_nb as run_nb  # under another name, or pytest would take it for a test
 
+        nbdev.test.write_nb = lambda run, _: found.extend(stale(run, stored))  # what `save` hands over is looked at instead
         flags = get_config(Path(path).parent).tst_flags.split()
-        passed, _ = run_nb(path, skip_flags=flags, force_flags=force, basepath=str(ROOT), cell_timeout=SECONDS)
+        passed, _ = nbdev.test.test_nb(path, skip_flags=flags, force_flags=force, basepath=str(ROOT), cell_timeout=SECONDS, save=True)
     except BaseException:
         traceback.print_exc()
         passed = False
     sys.stderr.flush()
-    answer.send(bool(passed))
+    answer.send((bool(passed), found))
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +108,9 @@ def test_notebook(path, server, tmp_path, request):
     child.start()
     yours.close()
     try:
-        passed = mine.recv() if mine.poll(SECONDS) else "late"
+        passed, found = mine.recv() if mine.poll(SECONDS) else ("late", [])
     except EOFError:
-        passed = "died"
+        passed, found = "died", []
     finally:
         child.join(5)
         if child.is_alive():
@@ -76,3 +120,22 @@ def test_notebook(path, server, tmp_path, request):
     if passed is not True:
         why = {"late": f"took more than {SECONDS} s", "died": f"ended its process (exit code {child.exitcode})"}.get(passed, "failed")
         pytest.fail(f"{path.relative_to(ROOT)} {why}\n{said}", pytrace=False)
+    assert not found, f"{path.relative_to(ROOT)} shows what is no longer so; run it again with `python tools/nb.py run {path.relative_to(ROOT)}`:\n" + "\n".join(found)
+
+
+def test_the_comparison_sees_names_titles_and_missing_figures():
+    from types import SimpleNamespace
+
+    def cell(*outputs, source="show()"):
+        held = dict(id="a", cell_type="code", source=source, outputs=list(outputs))
+        return type("Cell", (dict,), {"__getattr__": dict.__getitem__})(held)
+
+    def told(now, then):
+        return stale(SimpleNamespace(cells=[now]), dict(cells=[then]))
+
+    text = lambda t: dict(output_type="stream", name="stdout", text=t)
+    figure = lambda title: dict(output_type="display_data", data={FIGURES[0]: dict(layout=dict(title=dict(text=title)))})
+    assert not told(cell(text("attention 3.1 ms\nfnet 2.9 ms")), cell(text("attention 4 ms"), text("fnet 12.25 ms\n")))
+    assert told(cell(text("attention, fnet, mamba")), cell(text("attention, fnet")))
+    assert told(cell(text("attention")), cell()) and told(cell(figure("all is linear")), cell(figure("nothing is linear")))
+    assert told(cell(), cell(figure(""))) and not told(cell(text("Xeon"), source="#| varies\nshow()"), cell(text("EPYC")))

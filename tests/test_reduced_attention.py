@@ -222,7 +222,7 @@ def test_lunas_maps_are_the_weights_used(causal):
     if causal:
         assert (weights.triu(1) == 0).all()
         mean = F.normalize(weights @ c, dim=-1)
-        same(mean, F.normalize(luna.unpack_causal(zero_pads(x, mask), **luna.fresh(3, x.device, x.dtype))[0], dim=-1) * mask[:, None, :, None], "directions", 1e-9)
+        same(mean, F.normalize(luna.unpack_causal(zero_pads(x, mask), **luna.empty_sums(3, x.device, x.dtype))[0], dim=-1) * mask[:, None, :, None], "directions", 1e-9)
     else:
         luna.packed_context.load_state_dict(dict(weight=torch.eye(16), bias=torch.zeros(16)))
         same(zero_pads(luna.join(luna.maps(x, mask)["weights"].values @ c), mask), luna(x, mask), "outputs by the map", 1e-12)

@@ -61,7 +61,7 @@ def runs(study):
 
 
 def stand_in(monkeypatch, do):
-    "A stand-in for the fresh process, which does something of its own first."
+    "A stand-in for the isolated process, which does something of its own first."
     def fresh(fn, kind, what, weights, lock, word):
         do(what["encoder"], Path(lock))
         Path(weights).mkdir(parents=True, exist_ok=True)

@@ -112,6 +112,33 @@ def test_readme_shows_what_it_should(tmp_path):
     assert readme.differences(tmp_path) == []
 
 
+def test_pages_of_results_are_written_and_compared_as_readme_is(tmp_path):
+    figure = {"data": [], "layout": {"title": {"text": "A finding"}}}
+    cell = dict(cell_type="code", id="cell", metadata={}, source="figure", execution_count=None, outputs=[output("display_data", data={readme.PLOTLY: figure})])
+    (tmp_path / readme.FIGURES).mkdir(parents=True)
+    for notebook in ("index.ipynb", "docs/results.ipynb"):
+        shown = [cell] if notebook.startswith("docs") else []
+        (tmp_path / notebook).write_text(json.dumps({"cells": shown, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    drawn = tmp_path / readme.FIGURES / "cell.svg"
+    drawn.write_text(f"<svg/>\n<!-- figure {readme.figure_hash(figure)} -->\n")
+    assert "![A finding](figures/cell.svg)" in readme.page(tmp_path, "docs/results.md")[0], "a link from the page, not from the root"
+    readme.write(tmp_path)
+    assert readme.differences(tmp_path) == [] and drawn.exists()
+    (tmp_path / "docs/results.md").write_text("old")
+    assert readme.differences(tmp_path) == ["docs/results.md is not what docs/results.ipynb makes"]
+
+
+def test_a_figure_that_no_page_shows_is_told_of_and_removed_unless_somebody_drew_it(tmp_path):
+    (tmp_path / "index.ipynb").write_text(json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    (tmp_path / readme.FIGURES).mkdir(parents=True)
+    made, own = tmp_path / readme.FIGURES / "made.svg", tmp_path / readme.FIGURES / "own.svg"
+    made.write_text(f"<svg/>\n<!-- figure {'0' * 12} -->\n")
+    own.write_text("<svg/>\n")
+    assert "docs/figures/made.svg is on no page any more" in readme.differences(tmp_path)
+    readme.write(tmp_path)
+    assert own.exists() and not made.exists() and readme.differences(tmp_path) == []
+
+
 def test_check_finds_what_is_out_of_step(tmp_path):
     for folder, name in (("nbs/core", "01_registry.ipynb"), ("essl_nb/core", "__init__.py"), ("essl_nb/core", "registry.py")):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from essl_nb.train import folder as folder_module
 from essl_nb.train import loop
 from essl_nb.train.config import PretrainConfig
 from essl_nb.train.loop import pretrain
+from essl_nb.train.step import BATCHING
 
 NAMES = list_mixers()
 
@@ -54,7 +55,7 @@ def test_every_mixer_learns(name, folder_of_clips, tmp_path):
 
 
 @pytest.mark.parametrize("objective", list_objectives())
-@pytest.mark.parametrize("batching", loop.BATCHING)
+@pytest.mark.parametrize("batching", BATCHING)
 def test_every_objective_learns_from_packed_and_from_padded_speech(objective, batching, folder_of_clips, tmp_path):
     rows, _ = read_lines(quiet(settings(NAMES[0], folder_of_clips, objective=objective, batching=batching), tmp_path / "run") / "metrics.jsonl")
     assert rows[-1]["masked_loss"] < rows[0]["masked_loss"]

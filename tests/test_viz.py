@@ -5,24 +5,19 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.mixers.base import FAMILIES, list_mixers
+from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
 from essl_nb.viz.audio import clip_figure, envelope, phone_class
 from essl_nb.viz.mixing import INFLUENCE, MixingMap, finding, in_decibels, influence_map, map_kinds, mixing_figure, reach
 from essl_nb.viz.pareto import pareto_figure
-from essl_nb.viz.style import FAMILY_COLOURS, FAMILY_SHAPES, family_colour
+from essl_nb.viz.style import FAMILY_COLOURS
 
 WAV = torch.sin(torch.arange(8000) / 20) / 2
 
 
 def tiny(mixer: str):
     return build_encoder(EncoderConfig(mixer=mixer, dim=16, depth=2), seed=0)
-
-
-def test_each_family_has_a_colour_and_a_shape_of_its_own():
-    assert set(FAMILY_COLOURS) == set(FAMILY_SHAPES) == set(FAMILIES)
-    assert len({*FAMILY_COLOURS.values(), family_colour("mine")}) == len(FAMILIES) + 1
 
 
 def test_an_envelope_keeps_the_extremes():

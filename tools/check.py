@@ -1,7 +1,7 @@
-"""Are the notebooks clean, and are the modules and README.md what the notebooks make?
+"""Are the notebooks clean, and are the modules, README.md and the pages of results what the notebooks make?
 
     python tools/check.py          say what is out of step, change nothing, exit 1 if anything is
-    python tools/check.py --mend   clean the notebooks, write the modules and README.md   (`make export`)
+    python tools/check.py --mend   clean the notebooks, write the modules and the pages   (`make export`)
 
 The check runs nbdev-clean, nbdev-export and tools/readme.py in a copy, and compares the copy with this folder.
 """
@@ -19,18 +19,20 @@ import readme
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def nbdev(command, root):
+def nbdev(command, root, *arguments):
     "Run one of nbdev's commands in `root`; its own errors come back as they are."
+    call = f"{command}({', '.join(map(repr, arguments))})"
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    done = subprocess.run([sys.executable, "-c", f"from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; {command}()"], cwd=root, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; {call}"], cwd=root, env=env, capture_output=True, text=True)
     if done.returncode or "Failed to clean" in done.stderr:
         sys.exit(f"nbdev could not do its work ({command}):\n{done.stdout}{done.stderr}")
 
 
 def notebooks(root):
-    "Every notebook of the project, index.ipynb included, relative to `root`."
+    "Every notebook of the project, index.ipynb and those of docs/ included, relative to `root`."
     found = [p.relative_to(root) for p in (root / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts)]
-    return sorted(p for p in found if not (root / p).is_symlink()) + [Path("index.ipynb")]
+    pages = sorted(p.relative_to(root) for p in (root / "docs").glob("*.ipynb"))
+    return sorted(p for p in found if not (root / p).is_symlink()) + [Path("index.ipynb"), *pages]
 
 
 def folders(root):
@@ -53,6 +55,16 @@ def copy(root, to):
         shutil.copy2(p, to / p.relative_to(root))
     for name in ("index.ipynb", "pyproject.toml", "settings.ini"):
         shutil.copy2(root / name, to / name)
+    (to / "docs").mkdir()
+    for p in (root / "docs").glob("*.ipynb"):
+        shutil.copy2(p, to / "docs" / p.name)
+
+
+def clean(root):
+    "nbdev-clean, in nbs/ (which holds a link to index.ipynb) and docs/."
+    nbdev("nbdev_clean", root)
+    if any((root / "docs").glob("*.ipynb")):
+        nbdev("nbdev_clean", root, "docs")
 
 
 def differences(root=ROOT):
@@ -61,7 +73,7 @@ def differences(root=ROOT):
         to = Path(tmp).resolve()
         copy(root, to)
         same = lambda p: (root / p).is_file() and (root / p).read_bytes() == (to / p).read_bytes()
-        nbdev("nbdev_clean", to)
+        clean(to)
         found = [f"{p} is not as nbdev-clean writes it" for p in notebooks(to) if not same(p)]
         nbdev("nbdev_export", to)
         found += [f"{p} is not what its notebook exports" for p in modules(to) if not same(p)]
@@ -72,17 +84,17 @@ def differences(root=ROOT):
 
 
 def mend(root=ROOT):
-    "Clean, export, README: what a commit needs."
-    nbdev("nbdev_clean", root)
+    "Clean, export, README and pages: what a commit needs."
+    clean(root)
     nbdev("nbdev_export", root)
     readme.write(root)
 
 
 if __name__ == "__main__":
     if "--mend" in sys.argv[1:]:
-        print("essl_nb: cleaning the notebooks, writing essl_nb/ and README.md", flush=True)
+        print("essl_nb: cleaning the notebooks, writing essl_nb/, README.md and the pages of results", flush=True)
         mend()
     else:
-        print("essl_nb: checking that notebooks, modules and README.md are in step", flush=True)
+        print("essl_nb: checking that notebooks, modules, README.md and the pages of results are in step", flush=True)
     if found := differences():
-        sys.exit("\n".join(found) + "\nTo mend: make export (edit notebooks, never essl_nb/*.py or README.md), then commit what changed.")
+        sys.exit("\n".join(found) + "\nTo mend: make export (edit notebooks, never essl_nb/*.py, README.md or the pages made of docs/*.ipynb), then commit what changed.")

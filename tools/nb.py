@@ -158,7 +158,7 @@ def number(folder):
     for p, to in moved.items():
         p.with_name(f".moving_{p.name}").rename(to)
         print(f"{p.name} is now {to.name}")
-    for path in [ROOT / "index.ipynb", *(p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.is_symlink())]:
+    for path in [ROOT / "index.ipynb", *(ROOT / "docs").glob("*.ipynb"), *(p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.is_symlink())]:
         was = next((old for old, new in moved.items() if new == path), path)
 
         def mended(link):

@@ -1,12 +1,14 @@
-"""Write README.md from index.ipynb, and its figures into docs/figures/.
+"""Write README.md from index.ipynb, the pages of results in docs/ from their notebooks, and their figures into docs/figures/.
 
 Cells under `#| hide` are dropped, cells under `#| hide_input` show only their output, other `#|` lines go. A Plotly figure becomes
 docs/figures/<cell id>.svg; the file ends with a hash of the figure, so that it is drawn again only when the figure has
-changed and README.md can be checked without a browser. Drawing needs kaleido and a Chromium.
+changed and the pages can be checked without a browser. Drawing needs kaleido and a Chromium. A figure drawn for a page
+that no longer shows it is removed.
 """
 import base64
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from nbconvert import MarkdownExporter
 from nbformat.v4 import new_markdown_cell
 
 FIGURES = Path("docs/figures")
+PAGES = {"README.md": "index.ipynb", "docs/results.md": "docs/results.ipynb", "docs/parity.md": "docs/parity.ipynb"}  # page: its notebook
 PLOTLY = "application/vnd.plotly.v1+json"
-HEAD = "<!-- Written by tools/readme.py from index.ipynb; edit the notebook. -->\n"
+HEAD = "<!-- Written by tools/readme.py from {}; edit the notebook. -->\n"
 
 
 def figure_hash(data) -> str:
@@ -66,15 +69,21 @@ def markdown(path, plotly) -> str:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip() + "\n"
 
 
-def page(root) -> tuple[str, dict]:
-    "README's text, and its figures: file name → Plotly JSON."
+def page(root, target="README.md") -> tuple[str, dict]:
+    "A page's text, and its figures: file name → Plotly JSON."
     figures = {}
+    folder = Path(os.path.relpath(FIGURES, Path(target).parent)).as_posix()
 
     def picture(data, cell_id):
         figures[f"{cell_id}.svg"] = data
-        return f"![{figure_title(data)}]({(FIGURES / f'{cell_id}.svg').as_posix()})"
+        return f"![{figure_title(data)}]({folder}/{cell_id}.svg)"
 
-    return f"{HEAD}\n{markdown(Path(root) / 'index.ipynb', picture)}", figures
+    return f"{HEAD.format(PAGES[target])}\n{markdown(Path(root) / PAGES[target], picture)}", figures
+
+
+def pages(root) -> dict:
+    "Every page that has a notebook in `root`: its path → (text, figures)."
+    return {target: page(root, target) for target, notebook in PAGES.items() if (Path(root) / notebook).exists()}
 
 
 def figure_title(data) -> str:
@@ -101,21 +110,34 @@ def draw(data, path):
     path.write_text(f"{svg.rstrip()}\n<!-- figure {figure_hash(data)} -->\n", encoding="utf-8")
 
 
+def unused(root, made) -> list[Path]:
+    "Figures that were drawn for a page and are on none any more."
+    kept = {name for _, figures in made.values() for name in figures}
+    return [p for p in sorted((Path(root) / FIGURES).glob("*.svg")) if p.name not in kept and drawn(p)]
+
+
 def differences(root) -> list[str]:
-    "What of README.md and its figures is not what index.ipynb makes."
-    text, figures = page(root)
-    readme = Path(root) / "README.md"
-    found = [] if readme.exists() and readme.read_text(encoding="utf-8") == text else ["README.md is not what index.ipynb makes"]
-    return found + [f"{FIGURES / n} is not the figure of index.ipynb" for n, data in figures.items() if drawn(Path(root) / FIGURES / n) != figure_hash(data)]
+    "What of the pages and their figures is not what the notebooks make."
+    made, found = pages(root), []
+    for target, (text, figures) in made.items():
+        path = Path(root) / target
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            found.append(f"{target} is not what {PAGES[target]} makes")
+        stale = [n for n, data in figures.items() if drawn(Path(root) / FIGURES / n) != figure_hash(data)]
+        found += [f"{FIGURES / n} is not the figure of {PAGES[target]}" for n in stale]
+    return found + [f"{FIGURES / p.name} is on no page any more" for p in unused(root, made)]
 
 
 def write(root):
-    "README.md, and the figures that changed."
-    text, figures = page(root)
-    for name, data in figures.items():
-        if drawn(Path(root) / FIGURES / name) != figure_hash(data):
-            draw(data, Path(root) / FIGURES / name)
-    (Path(root) / "README.md").write_text(text, encoding="utf-8")
+    "The pages, and the figures that changed."
+    made = pages(root)
+    for target, (text, figures) in made.items():
+        for name, data in figures.items():
+            if drawn(Path(root) / FIGURES / name) != figure_hash(data):
+                draw(data, Path(root) / FIGURES / name)
+        (Path(root) / target).write_text(text, encoding="utf-8")
+    for path in unused(root, made):
+        path.unlink()
 
 
 if __name__ == "__main__":

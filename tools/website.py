@@ -69,13 +69,15 @@ def build():
     page(ROOT / "index.ipynb", PAGES / "index.md")
     page(ROOT / "CONTRIBUTING.md", PAGES / "CONTRIBUTING.md")
     page(ROOT / "docs" / "design.md", PAGES / "docs" / "design.md")
+    for name in ("results", "parity"):
+        page(ROOT / "docs" / f"{name}.ipynb", PAGES / "docs" / f"{name}.md")
     for folder in ("docs/figures", "corpus/licences"):
         shutil.copytree(ROOT / folder, PAGES / folder)
     shutil.copy(ROOT / "LICENSE", PAGES / "LICENSE")
     (PAGES / "assets").mkdir()
     shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", PAGES / "assets")
     (PAGES / "assets" / "figures.js").write_text(DRAW)
-    nav = [{"essl_nb": "index.md"}, {"Design": "docs/design.md"}, {"Contributing": "CONTRIBUTING.md"}]
+    nav = [{"essl_nb": "index.md"}, {"Results": "docs/results.md"}, {"Parity": "docs/parity.md"}, {"Design": "docs/design.md"}, {"Contributing": "CONTRIBUTING.md"}]
     for folder in ["tutorials", *check.folders(ROOT)]:
         found = sorted((ROOT / "nbs" / folder).glob("*.ipynb"))
         for path in found:

@@ -10,11 +10,11 @@ KEY = r"""
 E.shapes = {
   circle: 'M1 6a5 5 0 1 0 10 0a5 5 0 1 0 -10 0', square: 'M1 1H11V11H1Z', diamond: 'M6 0L12 6L6 12L0 6Z', pentagon: 'M6 .5L11.7 4.7L9.5 11.4H2.5L.3 4.7Z',
   'triangle-up': 'M6 1L12 11H0Z', 'triangle-down': 'M0 1H12L6 11Z', x: 'M1 3L3 1L6 4L9 1L11 3L8 6L11 9L9 11L6 8L3 11L1 9L4 6Z',
-  star: 'M6 .3L7.4 4.3L11.7 4.4L8.3 7L9.5 11.1L6 8.7L2.5 11.1L3.7 7L.3 4.4L4.6 4.3Z',
+  hexagon: 'M6 .5L11 3.2V8.8L6 11.5L1 8.8V3.2Z', star: 'M6 .3L7.4 4.3L11.7 4.4L8.3 7L9.5 11.1L6 8.7L2.5 11.1L3.7 7L.3 4.4L4.6 4.3Z',
 };
 E.shape = f => { // nothing in here but a path of the table above and a colour of the style
-  const mark = E.make('span', 'essl-shape'), colour = /^#\w+$/.test(f.colour) ? f.colour : '#777777';
-  mark.innerHTML = `<svg viewBox="0 0 12 12" width="12" height="12" aria-hidden="true"><path d="${E.shapes[f.symbol] || E.shapes.pentagon}" fill="${E.dark() ? E.lighter(colour, .25) : colour}"/></svg>`;
+  const mark = E.make('span', 'essl-shape'), colour = /^#\w+$/.test(f.colour) ? f.colour : '#777777', ink = /^#\w+$/.test(f.ink) ? f.ink : colour;
+  mark.innerHTML = `<svg viewBox="0 0 12 12" width="12" height="12" aria-hidden="true"><path d="${E.shapes[f.symbol] || E.shapes.pentagon}" fill="${E.dark() ? E.lighter(colour, .25) : colour}" stroke="${ink === colour ? 'none' : ink}"/></svg>`;
   return mark;
 };
 E.key = (list, families, without, changed) => {
@@ -107,10 +107,10 @@ E.apart = (wish, gap) => {
 };
 E.endLabels = div => {
   const l = div._fullLayout, x = l.xaxis, y = l.yaxis, at = (a, v) => a.d2p ? a.d2p(v) : a.l2p(v), small = div.clientWidth < 560, gap = small ? 12 : 14;
-  const isCeiling = t => t.meta && t.meta.role === 'ceiling';
+  const isCeiling = t => t.meta && t.meta.role === 'ceiling', isNamed = t => E.isCurve(t) && t.meta.named;
   const ink = E.dark() ? '#e6e6e6' : '#222', grey = E.dark() ? '#b0b0b0' : '#555';
   const notes = (div.layout.annotations || []).filter(n => n.name !== 'end');
-  const drawn = div._fullData.filter(t => t.visible === true && (isCeiling(t) || E.isCurve(t) && (!small || t.line.width > 2))).map(t => ({t, sx: t.x[t.x.length - 1], sy: t.y[t.y.length - 1]}));
+  const drawn = div._fullData.filter(t => t.visible === true && (isCeiling(t) || isNamed(t) && (!small || t.line.width > 2))).map(t => ({t, sx: t.x[t.x.length - 1], sy: t.y[t.y.length - 1]}));
   const wish = drawn.map(d => at(y, d.sy)), placed = E.apart(wish, gap), order = placed.map((_, i) => i).sort((i, j) => placed[i] - placed[j]);
   let edge = y._length - 6;
   for (const i of [...order].reverse()) { placed[i] = Math.min(placed[i], edge); edge = placed[i] - gap; }

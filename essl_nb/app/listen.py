@@ -21,9 +21,10 @@ import soundfile
 
 from .clips import MB, RATE, UNKNOWN, LRUCache, Sessions, Sound, clip_choices, corpus_sound, uploaded_sound, voice_choices
 from .page import LISTEN_HTML, message, starter
-from .library import EncoderLibrary, family_of
+from .library import EncoderLibrary
 from .uploads import Uploads
 from ..core.registry import EsslError
+from ..mixers.base import family_of
 from ..viz.mixing import INFLUENCE, SCALES, MixingMap, finding, influence_map, map_kinds, mixing_figure
 from ..viz.style import family_colour
 

@@ -71,7 +71,7 @@ FIGURES = """
 .essl-panel {min-width: 0;}
 .essl-panels.two .essl-panel {display: grid; grid-template-rows: subgrid; grid-template-columns: minmax(0, 1fr); grid-row: span 6; row-gap: 0;}
 .essl-panel h3 {font-size: 16px; font-weight: 600; margin: 0 0 2px;}
-.essl-panel h3 i {display: inline-block; width: 10px; height: 10px; margin-right: 8px;}
+.essl-panel h3 i {display: inline-block; width: 10px; height: 10px; margin-right: 8px; box-shadow: inset 0 0 0 1px rgba(0, 0, 0, .35);}
 .essl-finding {margin: 0 0 8px;}
 .essl-plot {position: relative; min-height: 240px;}
 .essl-plot canvas.essl-highlight {position: absolute; left: 0; top: 0; pointer-events: none;}

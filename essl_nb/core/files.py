@@ -41,7 +41,7 @@ def explain_write_error(
 # %% ../../nbs/core/05_files.ipynb #0a76fecf
 @contextmanager
 def atomic_write(
-    path, # where the file shall stand
+    path, # the file to write
 ):
     "Give a path to write to; rename it to `path` on success, remove it on failure. Raises EsslError when the disk is full."
     path = Path(path)
@@ -117,7 +117,7 @@ class Busy(EsslError):
 
 
 def holder(lock: Path) -> str:
-    "Who holds a lock, as far as its file says."
+    "The process that holds a lock, as far as the lock file names it."
     with suppress(OSError, ValueError):
         return f"process {int(lock.read_text())}"
     return "another process"
@@ -125,7 +125,7 @@ def holder(lock: Path) -> str:
 
 @contextmanager
 def locked(
-    path, # a file that stands for the work; the lock lies beside it as .<name>.lock and falls with its process
+    path, # a file that stands for the work; the lock lies beside it as .<name>.lock and is released when its process ends
     *,
     wait: bool = True, # until the lock is free; without it a held lock raises Busy
 ):
@@ -137,10 +137,10 @@ def locked(
         held = FileLock(lock, timeout=-1 if wait else 0, mode=0o666)
         held.acquire()
     except Timeout:
-        raise Busy(f"{path} is in the hands of {holder(lock)}; wait for it or stop it.") from None
+        raise Busy(f"{path} is locked by {holder(lock)}; wait for it or stop it.") from None
     except OSError as e:
         raise explain_write_error(e, path) from e
-    with suppress(OSError):  # where a locked file cannot be written to (Windows), nobody learns who holds it
+    with suppress(OSError):  # where a locked file cannot be written to (Windows), the holder stays unnamed
         lock.write_text(str(os.getpid()))
     try:
         yield
@@ -162,7 +162,7 @@ def mend(f, block: int = 4096) -> str | None: # the torn line, if there was one
     torn = torn[torn.rfind(b"\n") + 1 :]
     with suppress(ValueError):
         if torn and isinstance(json.loads(torn), dict):
-            f.write(b"\n")  # somebody's editor left it out
+            f.write(b"\n")  # an editor left it out
             return None
     f.truncate(end - len(torn))
     return torn.decode("utf-8", "replace") or None

@@ -19,11 +19,11 @@ from importlib.metadata import entry_points
 
 # %% ../../nbs/core/01_registry.ipynb #2a416733
 class EsslError(ValueError):
-    "Bad input, told in one sentence: what was given, what is allowed, what to do."
+    "Bad input. The message says in one sentence what was given, what is allowed and what to do."
 
 
 class UnknownName(EsslError):
-    "A name that no registered thing bears."
+    "A name that is not registered."
 
 # %% ../../nbs/core/01_registry.ipynb #026109fd
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def nearest(name: str, allowed) -> str: # a half sentence for an error message
 
 
 def same_class(a: type, b: type) -> bool:
-    "True where `b` is `a` again: the same cell run twice, or a notebook's class and its exported twin."
+    "True where `b` is `a` again: the same cell run twice, or a notebook's class and its exported copy."
     same_home = a.__module__ == b.__module__ or "__main__" in (a.__module__, b.__module__)
     return a.__qualname__ == b.__qualname__ and same_home
 
@@ -65,7 +65,7 @@ def load_home(places: tuple):
 
 
 def load_plugins(group: str):
-    "Import what other packages offer under an entry-point group; one that cannot be imported is named in a warning and left out."
+    "Import what other packages offer under an entry-point group; one that cannot be imported is skipped with a warning."
     for point in entry_points(group=group):
         try:
             point.load()
@@ -74,7 +74,7 @@ def load_plugins(group: str):
 
 # %% ../../nbs/core/01_registry.ipynb #d6e81297
 def registry_of(module: str, name: str):
-    "The registry that a module holds under a name: what a pickled one is found again by in another process."
+    "The registry that a module holds under a name: how a pickled registry is resolved in another process."
     return getattr(importlib.import_module(module), name)
 
 
@@ -92,13 +92,13 @@ class Registry:
         Registry.made.add(self)
 
     def __reduce__(self):
-        "A module's registry goes to another process as that module's own; one of a notebook goes with its entries."
+        "A module's registry is pickled by reference; one that a notebook made is pickled with its entries."
         if name := self.name_in_module():
             return registry_of, (self.module, name)
         return type(self), (self.kind, self.home), {"entries": self.entries}
 
     def name_in_module(self) -> str | None:
-        "Under what name the module that made it holds it; None where that is a notebook or script."
+        "The name under which the module that made it holds it; None where that is a notebook or script."
         held = vars(sys.modules[self.module]) if self.module in sys.modules and self.module != "__main__" else {}
         return next((name for name, value in held.items() if value is self), None)
 
@@ -131,7 +131,7 @@ class Registry:
     def add(self, entry: Entry):
         "Register an entry as it stands. Raises EsslError where another thing has its name."
         if entry.is_guest():
-            self.fill()  # a guest learns now, and not later, that a name is taken
+            self.fill()  # so that a guest's name clash shows now, and not at the first lookup
         old = self.entries.get(entry.name)
         if old is not None and not same_class(old.obj, entry.obj):
             taken = f"{old.obj.__module__}.{old.obj.__qualname__}"
@@ -144,8 +144,8 @@ class Registry:
         "The entry called `name`. Raises UnknownName, with the nearest names, where there is none."
         self.fill()
         if name not in self.entries:
-            said = repr(name) if isinstance(name, str) else f"by {type(name).__name__}, only by a name"
-            raise UnknownName(f"There is no {self.kind} called {said}: {nearest(name, self.entries)}.")
+            called = repr(name) if isinstance(name, str) else f"by {type(name).__name__}, only by a name"
+            raise UnknownName(f"There is no {self.kind} called {called}: {nearest(name, self.entries)}.")
         return self.entries[name]
 
     def names(self) -> list:
@@ -158,7 +158,7 @@ class Registry:
         self.entries.pop(name, None)
 
     def guests(self) -> list: # of Entry
-        "The entries that were registered outside this package: those that another process must be told of."
+        "The entries that were registered outside this package: those that an isolated process has to be sent."
         return [e for e in self.entries.values() if e.is_guest()]
 
     def __contains__(self, name):

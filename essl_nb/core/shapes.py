@@ -35,7 +35,7 @@ def zero_pads(
     x: Tensor, # (B,T,…)
     mask: Tensor | None, # (B,T) bool, True = real; None = all real
 ) -> Tensor: # (B,T,…) with exact zeros in the padded frames
-    "Silence the padding, whatever stands in it."
+    "Set the padding to zero, whatever it holds."
     if mask is None:
         return x
     return torch.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, x.new_zeros(()))
@@ -74,7 +74,7 @@ def check_lengths(
         raise EsslError(f"The lengths are {kind_of(given)}; {want}. Of a mask (True = real), take mask.sum(1).")
     lengths = lengths.to(torch.int64)
     if not tracing(lengths) and B:
-        least, most = torch.stack(lengths.aminmax()).tolist()  # one wait, where they are on a GPU
+        least, most = torch.stack(lengths.aminmax()).tolist()  # one synchronisation, where they are on a GPU
         if least < 0 or most > T:
             raise EsslError(f"The lengths go from {least} to {most}; {want}. The padded batch has {T}.")
         if least == T:
@@ -86,7 +86,7 @@ def mask_of(
     lengths: Tensor | None, # (B,) real frames; None: all
     T: int, # frames of the padded batch
 ) -> Tensor | None: # (B,T) bool, True = real; None where it is known that all are
-    "The mask, or nothing where there is no padding and that can be seen without a wait."
+    "The mask, or None where there is no padding and that can be seen without a synchronisation."
     if lengths is None or (lengths.device.type == "cpu" and not tracing(lengths) and bool((lengths == T).all())):
         return None
     return lengths_to_mask(lengths, T)
@@ -129,7 +129,7 @@ def reversal(
     lengths: Tensor | None, # (B,) real frames; None = all
     T: int, # frames
 ) -> Tensor | None: # (B·T,) the row of (B·T,C) that each row comes from; None: all frames of all utterances
-    "Where each frame comes from when every utterance is turned round within its own length."
+    "The source index of each frame when every utterance is reversed within its own length."
     if lengths is None:
         return None
     t, b = torch.arange(T, device=lengths.device), torch.arange(lengths.shape[0], device=lengths.device)[:, None]

@@ -21,6 +21,7 @@ from ..core.files import read_lines
 from ..core.registry import EsslError
 from .curves import FRAMES, GIVEN
 from .measure import exponent
+from ..mixers.base import family_of
 
 # %% ../../nbs/costs/05_growth.ipynb #f30ad673
 def load_curves(
@@ -35,6 +36,8 @@ def load_curves(
         raise EsslError(f"There are no curves in {path.parent}; measure them with: essl_curves {path}")
     newest = {tuple(r[k] for k in GIVEN): r for r in read_lines(path)[0]}
     rows = pd.DataFrame([r for r in newest.values() if ("skipped" in r) == skipped])
+    if "family" in rows: # the registry's word of today
+        rows["family"] = [family_of(mixer, known) for mixer, known in zip(rows.mixer, rows.family)]
     if skipped:
         return rows
     if not len(rows):

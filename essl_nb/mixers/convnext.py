@@ -42,7 +42,7 @@ class ConvNeXt(Mixer):
         return in_tiles(self.filter, x, mask, before=self.inner, past=self.past, future=self.kernel - 1 - self.past, width=self.dim, layers=self)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
-        "The silence before the first frame."
+        "Zero padding before the first frame."
         return {"past": torch.zeros(batch, self.past, self.dim, **self.state_options(device, dtype))}
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state

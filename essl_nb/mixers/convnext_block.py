@@ -17,7 +17,7 @@ from ..ops.tiles import in_tiles, sum_tiles
 
 # %% ../../nbs/mixers/15_convnext_block.ipynb #7c590c07
 class ConvNeXtStem(Mixer):
-    "What both blocks share: depthwise convolution, LayerNorm, a linear layer to a larger width, GELU, and a linear layer back."
+    "The common base: depthwise convolution, LayerNorm, a linear layer to a larger width, GELU, and a linear layer back."
     whole_block = True
 
     def __init__(self,
@@ -42,7 +42,7 @@ class ConvNeXtStem(Mixer):
         return F.gelu(self.inner(self.norm(y)))
 
     def over_time(self, f, x: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D) → (B,T,·)
-        "`f`, which begins with the filter, with silence around."
+        "`f`, which begins with the filter, with zero padding at both ends."
         return in_tiles(f, x, mask, past=self.past, future=self.future, width=self.inner.out_features, layers=self)
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "kernel": Map (k,D)
@@ -59,7 +59,7 @@ class ConvNeXtBlock(ConvNeXtStem):
         *,
         kernel: int = 31, # frames each filter spans; odd unless causal
         expand: int = 4, # hidden width over `dim`
-        scale: float = 0.1, # what LayerScale begins with
+        scale: float = 0.1, # initial value of LayerScale
         causal: bool = False, # the kernel looks back only
     ):
         super().__init__(dim, kernel=kernel, expand=expand, causal=causal)
@@ -74,7 +74,7 @@ class ConvNeXtBlock(ConvNeXtStem):
         return self.over_time(self.filter, x, mask)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
-        "The silence before the first frame."
+        "Zero padding before the first frame."
         return {"past": torch.zeros(batch, self.past, self.dim, **self.state_options(device, dtype))}
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
@@ -89,7 +89,7 @@ class ResponseNorm(nn.Module):
     def __init__(self,
         dim: int, # features
         *,
-        causal: bool = False, # strength is measured up to each frame
+        causal: bool = False, # norms over the frames up to each frame
     ):
         super().__init__()
         self.causal = causal
@@ -99,12 +99,12 @@ class ResponseNorm(nn.Module):
         h: Tensor, # (B,T,D), zeros in the padding
         before: Tensor | float = 0.0, # (B,1,D) sum of squares of the frames before
     ) -> tuple: # (B,T,D) and the new sum of squares (B,1,D)
-        "Scale each feature by its share of strength."
+        "Scale each feature by its relative norm."
         squares = lambda part: part.to(torch.promote_types(h.dtype, torch.float32)).square()
         total = before + (squares(h).cumsum(1) if self.causal else sum_tiles(squares, h, width=h.shape[2]))  # (B,T or 1,D)
-        strength = total.clamp(min=torch.finfo(total.dtype).tiny).sqrt()
-        share = strength / (strength.mean(-1, keepdim=True) + 1e-6)
-        gain = (1 + self.weight * share).to(h.dtype)
+        norm = total.clamp(min=torch.finfo(total.dtype).tiny).sqrt()
+        relative = norm / (norm.mean(-1, keepdim=True) + 1e-6)
+        gain = (1 + self.weight * relative).to(h.dtype)
         return h * gain + self.bias.to(h.dtype), total[:, -1:]
 
 
@@ -128,7 +128,7 @@ class ConvNeXtV2(ConvNeXtStem):
         return in_tiles(self.outer, self.response(h)[0], mask, width=h.shape[2], layers=self.outer)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
-        "The silence before the first frame, and no strength."
+        "Zero padding before the first frame, and sums of 0."
         options = self.state_options(device, dtype)
         return {"past": torch.zeros(batch, self.past, self.dim, **options), "squares": torch.zeros(batch, 1, self.inner.out_features, **options)}
 

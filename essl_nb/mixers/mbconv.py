@@ -77,7 +77,7 @@ class SqueezeExcite(nn.Module):
 
 # %% ../../nbs/mixers/16_mbconv.ipynb #6218fc44
 class InvertedBottleneck(Mixer):
-    "What both blocks share: many features inside, few outside, a convolution over time, gates, and a projection."
+    "The common base: many features inside, few outside, a convolution over time, gates, and a projection."
     whole_block = True
 
     def __init__(self,
@@ -96,7 +96,7 @@ class InvertedBottleneck(Mixer):
             raise EsslError(f"norm={norm!r} was given; it can be {' or '.join(NORMS)}.")
         self.kernel, self.past = kernel, kernel - 1 if causal else kernel // 2
         self.make_norm, self.inside = NORMS[norm], expand * dim
-        self.read = self.inside  # features that the convolution over time reads
+        self.read = self.inside  # input features of the convolution over time
         self.excite = SqueezeExcite(self.inside, max(1, round(squeeze * dim)), causal=causal) if squeeze else None
         self.project, self.last_norm = nn.Linear(self.inside, dim, bias=False), self.make_norm(dim)
 
@@ -111,7 +111,7 @@ class InvertedBottleneck(Mixer):
         return in_tiles(close, h, mask, width=self.inside, layers=self.project)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
-        "Silence, and an empty sum where there are gates."
+        "Zero padding before the first frame, and sums of 0 for the gates."
         options = self.state_options(device, dtype)
         state = {"past": torch.zeros(batch, self.past, self.read, **options)}
         if self.excite is not None:
@@ -148,7 +148,7 @@ class MBConv(InvertedBottleneck):
         self.second_norm = self.make_norm(self.inside)
 
     def before(self, x: Tensor) -> Tensor: # (B,T,D) → (B,T,expand·D)
-        "What comes before the convolution over time."
+        "The layers before the convolution over time."
         return F.silu(self.first_norm(self.expand(x)))
 
     def convolve(self, z: Tensor) -> Tensor: # (B,T+k-1,expand·D) → (B,T,expand·D)
@@ -182,7 +182,7 @@ class FusedMBConv(InvertedBottleneck):
         return x
 
     def convolve(self, z: Tensor) -> Tensor: # (B,T+k-1,D) → (B,T,expand·D)
-        "Filter all features together: a linear layer over k frames side by side."
+        "Filter all features together: a linear layer over k concatenated frames."
         T = z.shape[1] - self.kernel + 1
         return F.silu(self.first_norm(self.filters(torch.cat([z[:, j : j + T] for j in range(self.kernel)], -1))))
 

@@ -32,7 +32,7 @@ def weights_hash(
 
 # %% ../../nbs/models/10_checkpoint.ipynb #4648cba5
 SCALE = ".scale"  # what the scale of a weight is called in the file, after the weight's own name
-STORED = {None: "float32", torch.float16: "float16", torch.int8: "int8 with a float16 scale for each output channel"}
+STORED = {None: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8 with a float16 scale for each output channel"}
 
 
 def quantised(
@@ -49,7 +49,7 @@ class Checkpoint(NamedTuple):
     "What a folder holds."
     config: EncoderConfig  # what the weights belong to
     tensors: dict  # name → tensor; floating-point numbers in float32
-    stored_as: str  # how the trained weights lie in the file: "float32", "float16", "int8 with a float16 scale for each output channel"
+    stored_as: str  # how the trained weights lie in the file: a value of STORED, such as "float16"
 
 
 def write_checkpoint(
@@ -57,7 +57,7 @@ def write_checkpoint(
     config: EncoderConfig, # what the weights belong to
     weights: dict, # name → trained tensor
     buffers: dict, # name → what is not trained; stored as it is
-    dtype: torch.dtype | None = None, # of the stored weights: None as they are, torch.float16 for half the size, torch.int8 for a quarter
+    dtype: torch.dtype | None = None, # of the stored weights: None as they are, torch.float16 or torch.bfloat16 for half the size, torch.int8 for a quarter
 ) -> Path:
     "Write config.json and model.safetensors. Raises EsslError for another type, or when the disk is full; an older checkpoint then stays whole."
     if dtype not in STORED:
@@ -89,6 +89,6 @@ def read_checkpoint(
     stored = load_tensors(folder / "model.safetensors")
     scales = {name: stored.pop(name + SCALE) for name in list(stored) if name + SCALE in stored}
     kinds = {t.dtype for t in stored.values() if t.is_floating_point()}
-    words = STORED[torch.int8] if scales else STORED[torch.float16] if torch.float16 in kinds else STORED[None]
+    words = STORED[torch.int8] if scales else next((STORED[kind] for kind in (torch.float16, torch.bfloat16) if kind in kinds), STORED[None])
     whole = {name: t.float() * scales[name].float() if name in scales else t.float() if t.is_floating_point() else t for name, t in stored.items()}
     return Checkpoint(config, whole, words)

@@ -23,7 +23,8 @@ from ..core.config import content_hash, from_json, to_json
 from ..core.files import read_lines, write_json
 from ..core.intervals import bootstrap_interval, paired_interval, percentiles, ratio, resampled
 from ..core.registry import EsslError, nearest
-from ..mixers.base import mixers
+from ..mixers.base import family_of, mixers
+from ..models.checkpoint import STORED
 from ..models.config import EncoderConfig
 from ..models.encoder import load_encoder
 from .grid import key_of
@@ -89,6 +90,7 @@ def frame_rows(row: dict) -> list: # of dicts, one for each score in the row, el
     encoder = what.get("config") or what.get("pretrain", {}).get("encoder", {})
     common = {"key": row["key"], "kind": row["kind"], **{k: what.get(k) for k in WHO}, "run": what.get("run"), **{k: encoder.get(k) for k in CONFIG}}
     common |= {"made_seconds": made.get("seconds"), "when": made.get("when"), "git": made.get("git"), "data_hash": made.get("data_hash")}
+    common["family"] = family_of(common["mixer"], common["family"])  # the registry's word of today
     common["machine"] = machine_name(made.get("machine"))
     common["state"] = common["state"] or ("pretrained" if row["kind"] == "run" else None)
     if row["kind"] == "score":
@@ -327,7 +329,8 @@ def cost_points(
     alike = set(frame[comparable_cards(frame, chosen_machine(frame, machine))].key)
     rows, _ = read_lines(results_file(folder))
     newest = {r["key"]: r for r in rows if r["kind"] == "cost"}
-    who = lambda r: {k: r["what"][k] for k in ("encoder", "mixer", "family", "card")}
+    own = lambda what: {"family": family_of(what["mixer"], what["family"])}
+    who = lambda r: {k: r["what"][k] for k in ("encoder", "mixer", "family", "card")} | own(r["what"])
     return pd.DataFrame([{**who(r), **p} for key, r in newest.items() if key in alike for p in r["value"].get("points", ())])
 
 
@@ -354,7 +357,7 @@ def ship(
     *,
     seed: int | None = None, # which seed; None: the grid's first
 ) -> list: # of Path, one folder for each encoder
-    "Copy one checkpoint of each encoder in float16. Raises EsslError where a run has not been done."
+    "Copy one checkpoint of each encoder, its weights in eight bits. Raises EsslError where a run has not been done."
     folder = study.folder / "encoders" if folder is None else Path(folder)
     seed, known, made = study.grid.seeds[0] if seed is None else seed, known_rows(study.rows_file), []
     for cell in study.cells("run"):
@@ -364,7 +367,7 @@ def ship(
         if cell.key not in known or not study.has_weights(cell, known):
             raise EsslError(f"There are no weights of {cell} in {study.folder / 'runs'}; run the study with --only run first.")
         name = w["encoder"] if w["objective"] == study.grid.objectives[0].name else f"{w['encoder']}-{w['objective']}"
-        made.append(load_encoder(study.weights(cell, known) / "encoder").save(folder / name, dtype=torch.float16))
-        origin = {"run": known[cell.key]["key"], "objective": w["objective"], "seed": seed, "steps": known[cell.key]["value"]["steps"], "stored_as": "float16"}
+        made.append(load_encoder(study.weights(cell, known) / "encoder").save(folder / name, dtype=torch.int8))
+        origin = {"run": known[cell.key]["key"], "objective": w["objective"], "seed": seed, "steps": known[cell.key]["value"]["steps"], "stored_as": STORED[torch.int8]}
         write_json(folder / name / "origin.json", origin)
     return made

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..study.pareto import pareto_front
-from .style import GREY, INK, family_colour, family_key, family_shape, plain, plain_text
+from .style import GREY, INK, family_colour, family_ink, family_key, family_shape, plain, plain_text
 
 # %% ../../nbs/viz/04_pareto.ipynb #78aaef89
 def staircase(
@@ -108,14 +108,14 @@ def point_trace(
     hover: str, # plotly's template
 ) -> go.Scatter:
     "One encoder: marker and interval in its family's colour and shape."
-    colour, bar, spans = family_colour(row["family"]), 1.5 if size > 10 else 1, {}
+    colour, ink, bar, spans = family_colour(row["family"]), family_ink(row["family"]), 1.5 if size > 10 else 1, {}
     if low in row and np.isfinite(row[low]):
-        spans = dict(error_y=dict(type="data", symmetric=False, array=[row[high] - row[y]], arrayminus=[row[y] - row[low]], thickness=bar, width=size // 3, color=colour))
+        spans = dict(error_y=dict(type="data", symmetric=False, array=[row[high] - row[y]], arrayminus=[row[y] - row[low]], thickness=bar, width=size // 3, color=ink))
     if np.isfinite(row.get(x + "_low", np.nan)) and np.isfinite(row.get(x + "_high", np.nan)):
-        spans |= dict(error_x=dict(type="data", symmetric=False, array=[max(row[x + "_high"] - row[x], 0)], arrayminus=[max(row[x] - row[x + "_low"], 0)], thickness=bar, width=0, color=colour))
+        spans |= dict(error_x=dict(type="data", symmetric=False, array=[max(row[x + "_high"] - row[x], 0)], arrayminus=[max(row[x] - row[x + "_low"], 0)], thickness=bar, width=0, color=ink))
     return go.Scatter(
         x=[row[x]], y=[row[y]], mode="markers", opacity=0.25 if faded else 1.0, name=row["label"], showlegend=False,
-        marker=dict(color=colour, symbol=family_shape(row["family"]), size=size + 4 if chosen else size, line=dict(width=2.5 if chosen else 0, color="#222")),
+        marker=dict(color=colour, symbol=family_shape(row["family"]), size=size + 4 if chosen else size, line=dict(width=2.5 if chosen else 0 if ink == colour else 1, color="#222" if chosen else ink)),
         customdata=[row["label"]], hovertext=[plain_text(row["label"])], hovertemplate=hover, cliponaxis=False, meta=dict(role="point", chosen=chosen, must=must, faded=faded), **spans,
     )
 
@@ -124,7 +124,7 @@ def faint_traces(rows, x: str, y: str, role: str) -> list: # one trace a family
     "Points behind the points: single seeds, small and filled, or untrained encoders, open."
     rows = rows if rows is not None else pd.DataFrame()
     hover = "%{hovertext}, untrained: %{y:.3~g}<extra></extra>" if role == "untrained" else None
-    marker = lambda f: dict(color=family_colour(f), symbol=family_shape(f) + ("-open" if role == "untrained" else ""), size=9 if role == "untrained" else 6, opacity=0.7 if role == "untrained" else 0.35)
+    marker = lambda f: dict(color=family_ink(f), symbol=family_shape(f) + ("-open" if role == "untrained" else ""), size=9 if role == "untrained" else 6, opacity=0.7 if role == "untrained" else 0.35)
     return [go.Scatter(x=r[x], y=r[y], mode="markers", name=role, meta=dict(role=role), marker=marker(f), customdata=r["label"], hovertext=[plain_text(v) for v in r["label"]], showlegend=False,
                        hovertemplate=hover, hoverinfo=None if hover else "skip") for f, r in (rows.groupby("family", sort=False) if len(rows) else ())]
 
@@ -213,6 +213,7 @@ def pareto_figure(
     better = "less" if lower_is_better else "more"
     fig.update_yaxes(title_text=f"{y_title}  ({better} is better)", range=list(yr))
     baseline_shapes(family_key(fig, known["family"]), baselines, yr).update_layout(hovermode="closest")
+    fig.update_layout(title=dict(y=1, yanchor="top", yref="container", pad=dict(l=12, t=18)))  # above the key
     if band is not None:
         fig.add_hrect(y0=min(band), y1=max(band), fillcolor=GREY, opacity=0.14, line_width=0, layer="below", name="band")
     bars = (low, high) if len(ends) == 2 else ()

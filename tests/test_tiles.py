@@ -1,4 +1,4 @@
-"""Long utterances piece by piece: the same as all at once, for every mixer and block, with and without padding."""
+"""Long utterances in time tiles: the same as whole, for every mixer and block, with and without padding."""
 import pytest
 import torch
 
@@ -13,13 +13,13 @@ from essl_nb.ops.tiles import by_tiles, in_tiles, tile_frames, sum_tiles
 D, LENGTHS = 16, (150, 97, 33, 1)
 FORMS = [(name, causal) for name in list_mixers() for causal in (False, True) if not causal or mixers.get(name).obj.can_be_causal]
 CONTROL = next(e.name for e in mixers if e.meta.get("control"))
-of_forms = pytest.mark.parametrize("name, causal", FORMS, ids=lambda v: v if isinstance(v, str) else "causal" if v else "both-ways")
+of_forms = pytest.mark.parametrize("name, causal", FORMS, ids=lambda v: v if isinstance(v, str) else "causal" if v else "bidirectional")
 
 
 def shaken(make, dtype):
     "A module with weights of which none is at a special value."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("weights in pieces"))
+        torch.manual_seed(derive_seed("weights in tiles"))
         module = make()
         with torch.no_grad():
             for p in module.parameters():
@@ -28,8 +28,8 @@ def shaken(make, dtype):
 
 
 def batch(padded, dtype):
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(len(LENGTHS), max(LENGTHS), D, dtype=torch.float64, generator=draw).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(LENGTHS), max(LENGTHS), D, dtype=torch.float64, generator=generator).to(dtype)
     if not padded:
         return x, None
     mask = lengths_to_mask(torch.tensor(LENGTHS))
@@ -37,7 +37,7 @@ def batch(padded, dtype):
 
 
 def agree(mix, padded, dtype, monkeypatch):
-    "All at once with gradients, then in pieces without."
+    "All at once with gradients, then in tiles without."
     x, mask = batch(padded, dtype)
     whole = mix(x, mask)[0].detach()
     monkeypatch.setattr(tiles, "TILE", 1)
@@ -53,16 +53,16 @@ def agree(mix, padded, dtype, monkeypatch):
 @of_forms
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_mixer_gives_the_same_in_pieces(name, causal, padded, dtype, monkeypatch):
+def test_a_mixer_gives_the_same_in_tiles(name, causal, padded, dtype, monkeypatch):
     entry = mixers.get(name)
     module = shaken(lambda: entry.obj(D, causal=causal, **entry.meta.get("tiny", {})), dtype)
     agree(module.mix, padded, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("name", [e.name for e in blocks])
-def test_a_block_gives_the_same_in_pieces(name, causal, padded, monkeypatch):
+def test_a_block_gives_the_same_in_tiles(name, causal, padded, monkeypatch):
     block = shaken(lambda: blocks.get(name).obj(D, mixer=CONTROL, mixer_kw={}, causal=causal), torch.float64)
     agree(lambda x, mask: block(torch.nan_to_num(x), mask), padded, torch.float64, monkeypatch)
 
@@ -85,16 +85,16 @@ def test_every_frame_gets_its_own_neighbours_and_its_own_second_half(past, futur
         assert torch.equal(run(), whole)
 
 
-def test_frames_stay_together_where_pieces_gain_nothing():
+def test_an_utterance_is_one_tile_where_tiling_gains_nothing():
     x = torch.randn(1, 10**5, 1)
     assert tile_frames(x, 64) == 10**5
     with torch.no_grad():
         assert tile_frames(x.to("meta"), 64) == 10**5
         n = tile_frames(x, 64)
-        assert n <= tiles.TILE // 64 and 0 <= -(10**5) % n < 20, "pieces are about equal"
+        assert n <= tiles.TILE // 64 and 0 <= -(10**5) % n < 20, "tiles are about equal"
         assert tile_frames(x, 64, multiple=50) % 50 == 0 and tile_frames(x, 2**30) == 32 and tile_frames(x, 2**30, least=100) == 100
-        assert tile_frames(x, 2048, FeedForward(512)) == tile_frames(x, 2048), "two matrices of a million numbers: a piece of half a million is enough"
-        assert tile_frames(x, 4096, FeedForward(1024)) > 3 * tile_frames(x, 4096), "the larger the weights, the fewer the pieces"
+        assert tile_frames(x, 2048, FeedForward(512)) == tile_frames(x, 2048), "two matrices of a million numbers: a tile of half a million is enough"
+        assert tile_frames(x, 4096, FeedForward(1024)) > 3 * tile_frames(x, 4096), "the larger the weights, the fewer the tiles"
 
 
 def test_nothing_of_nothing():
@@ -103,7 +103,7 @@ def test_nothing_of_nothing():
         assert torch.equal(sum_tiles(torch.square, torch.zeros(2, 0, 5), width=5), torch.zeros(2, 1, 5))
 
 
-def test_a_sum_of_halves_loses_no_digits_between_pieces():
+def test_a_sum_of_halves_loses_no_digits_between_tiles():
     x = torch.ones(1, 5000, 2, dtype=torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(sum_tiles(lambda part: part, x, width=2**13), x.sum(1, keepdim=True))
