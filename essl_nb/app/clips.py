@@ -97,7 +97,10 @@ def uploaded_sound(path) -> Sound:
     "Read an uploaded file. Raises EsslError where it is not sound, is silent, too short or too long."
     path, seconds = Path(path), header_seconds(path)
     if seconds > LONGEST:
-        raise EsslError(f"{path.name} lasts {seconds / 60:.0f} minutes; this page takes up to {LONGEST / 60:.0f}. Cut it and upload the part you want to see.")
+        raise EsslError(
+            f"{path.name} lasts {seconds / 60:.0f} minutes; this page takes up to {LONGEST / 60:.0f}. Cut it and "
+            "upload the part you want to see."
+        )
     try:
         wav = load_audio(path)
         check_audio(wav)
