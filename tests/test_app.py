@@ -321,7 +321,7 @@ def test_upload_good_and_bad(wide, tmp_path):
         settled(wide, f"v.payload.transcript && v.payload.transcript.startsWith('{name}')")
         assert abs(view(wide, "d.seconds") - seconds) < 0.05 and not wide.locator("#listen-error .essl-error").count()
     wide.wait_for_selector("#start", state="visible")
-    assert "hears no more" in wide.locator(".essl-caption").first.inner_text()
+    assert "is given only these" in wide.locator(".essl-caption").first.inner_text()
     wide.click("label:has-text('a clip of the corpus')")
     settled(wide, "!v.payload.transcript.startsWith('long.flac')")
 

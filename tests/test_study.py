@@ -332,7 +332,7 @@ WRONG = {
     "encoder field": ({"encoders": [{"name": "a", "config": {"mixer": FIRST, "dimm": 16}}]}, "did you mean 'dim'"),
     "no encoders": ({"encoders": []}, "encoders are empty"),
     "encoder name twice": ({"encoders": [ENCODER, ENCODER]}, "2 times"),
-    "same encoder, two names": ({"encoders": [ENCODER, {**ENCODER, "name": "b"}]}, "same thing twice"),
+    "same encoder, two names": ({"encoders": [ENCODER, {**ENCODER, "name": "b"}]}, "same cell twice"),
     "objective": ({"objectives": [{"name": "guessing"}]}, "no objective called 'guessing'"),
     "objective option": ({"objectives": [{"name": OBJECTIVE, "kw": {"colour": 1}}]}, "colour"),
     "training setting": ({"pretrain": {"stepz": 1}}, "did you mean 'steps'"),

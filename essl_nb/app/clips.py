@@ -97,7 +97,10 @@ def uploaded_sound(path) -> Sound:
     "Read an uploaded file. Raises EsslError where it is not sound, is silent, too short or too long."
     path, seconds = Path(path), header_seconds(path)
     if seconds > LONGEST:
-        raise EsslError(f"{path.name} lasts {seconds / 60:.0f} minutes; this page takes up to {LONGEST / 60:.0f}. Cut it and upload the part you want to see.")
+        raise EsslError(
+            f"{path.name} lasts {seconds / 60:.0f} minutes; this page takes up to {LONGEST / 60:.0f}. Cut it and "
+            "upload the part you want to see."
+        )
     try:
         wav = load_audio(path)
         check_audio(wav)
@@ -205,7 +208,7 @@ class Sessions:
             self.remove_files(session)
 
     def eviction_message(self, key: str) -> str: # a sentence, or nothing
-        "What a visitor is told whose sound was evicted."
+        "The message for a visitor whose sound was evicted."
         return "Your sound was removed while it was idle, since there was no room for all uploads; choose it again." if key in self.evicted else ""
 
     def end(self, key: str):

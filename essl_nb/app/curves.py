@@ -51,7 +51,10 @@ class CurvesFile:
     def read(self) -> tuple: # (curves, exponents, crossovers)
         "Everything that was measured."
         if self.folder is None or not (self.folder / "rows.jsonl").is_file():
-            raise EsslError(f"There are no curves here yet; measure them with: essl_curves {'results/curves' if self.folder is None else self.display_path}/rows.jsonl")
+            raise EsslError(
+                "There are no curves here yet; measure them with: essl_curves "
+                f"{'results/curves' if self.folder is None else self.display_path}/rows.jsonl"
+            )
         with self.lock:
             at = (self.folder / "rows.jsonl").stat()
             if (at.st_mtime_ns, at.st_size) != self.stamp:

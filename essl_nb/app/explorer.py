@@ -76,7 +76,10 @@ def create_app(
     import gradio as gr
 
     if results is not None and not Path(results).is_dir():
-        raise EsslError(f"There is no folder {results}; give the folder of a study, or leave it out for the one that comes with the package.")
+        raise EsslError(
+            f"There is no folder {results}; give the folder of a study, or leave it out for the one that comes with "
+            "the package."
+        )
     folder = shipped_study() if results is None else Path(results)
     source = "bundled" if corpus is None else corpus
     read = Lazy(lambda: load_corpus(source) if isinstance(source, (str, Path)) else source)
@@ -241,7 +244,10 @@ def free_port(first: int, tries: int = 50) -> int:
     import socket
 
     if not 0 <= first <= PORTS:
-        raise EsslError(f"There is no port {first}: ports run from 1 to {PORTS}, and 0 takes any that is free; give another with --port.")
+        raise EsslError(
+            f"There is no port {first}: ports run from 1 to {PORTS}, and 0 takes any that is free; give another with "
+            "--port."
+        )
     last, forbidden = min(first + tries - 1, PORTS) if first else 0, False
     for port in range(first, last + 1):
         with socket.socket() as s:
@@ -252,7 +258,10 @@ def free_port(first: int, tries: int = 50) -> int:
             except OSError as e:
                 forbidden |= e.errno in (errno.EACCES, errno.EPERM)
     if forbidden:
-        raise EsslError(f"This user may not open the ports {first} to {last} (below 1024 it takes rights of the system); give another with --port, such as 7860.")
+        raise EsslError(
+            f"This user may not open the ports {first} to {last} (below 1024 it takes rights of the system); give "
+            "another with --port, such as 7860."
+        )
     raise EsslError(f"The ports {first} to {last} are all in use; give another with --port.")
 
 

@@ -15,7 +15,7 @@ from threading import Lock
 from .clips import LRUCache
 from ..core.places import results_dir
 from ..core.registry import EsslError, nearest
-from ..mixers.base import list_mixers, mixers
+from ..mixers.base import list_mixers
 from ..models.config import EncoderConfig
 from ..models.encoder import build_encoder, load_encoder
 from ..study.grid import read_grid
@@ -141,7 +141,10 @@ class StudyFile:
             if stamp != self.stamp:
                 rows = load_results(self.folder)
                 if not len(rows) or not (rows.kind == "score").any():
-                    raise EsslError(f"The study in {self.display_path} has no scores yet; it goes on with: essl_study {self.display_path}/grid.json")
+                    raise EsslError(
+                        f"The study in {self.display_path} has no scores yet; it goes on with: essl_study "
+                        f"{self.display_path}/grid.json"
+                    )
                 self.loaded, self.stamp, self.tables = rows, stamp, LRUCache(64)
         return self.loaded
 

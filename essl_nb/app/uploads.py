@@ -38,7 +38,7 @@ def remove_stale(parent: Path):
             continue
 
 
-def upload_folder() -> Path: # readable by this user alone
+def upload_folder() -> Path: # readable by this user only
     "This process's folder for uploads, made when it is first asked for and removed at its end."
     if os.getpid() not in OWN:
         parent = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
@@ -87,7 +87,10 @@ class Uploads:
         self.sweep()
         with self.lock:
             if size > self.max_file + 4096:  # the form's own lines
-                raise EsslError(f"This file has {size / MB:.0f} MB, and this page takes up to {self.max_file / MB:.0f}; cut it, or save it as mp3 or opus.")
+                raise EsslError(
+                    f"This file has {size / MB:.0f} MB, and this page takes up to {self.max_file / MB:.0f}; cut it, "
+                    "or save it as mp3 or opus."
+                )
             for limit, whose in ((self.max_visitor, visitor), (self.max_total, None)):
                 if self.bytes_held(whose) + size > limit:
                     raise EsslError("There are too many uploads at once; wait a minute and send the file again.")

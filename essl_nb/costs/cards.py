@@ -225,7 +225,10 @@ def within_reach(
     longest = min(e.frame_seconds * (b.mixer.max_frames or math.inf) for e in map(meta_encoder, configs) for b in e.blocks)
     reached = [s for s in seconds if s <= longest + 1e-6]
     if not reached:
-        raise EsslError(f"These encoders take up to {longest:g} s and were to be measured from {min(seconds):g} s on; give shorter durations, or mixers for longer utterances.")
+        raise EsslError(
+            f"These encoders take up to {longest:g} s and were to be measured from {min(seconds):g} s on; give "
+            "shorter durations, or mixers for longer utterances."
+        )
     return reached, [s for s in seconds if s not in reached]
 
 # %% ../../nbs/costs/03_cards.ipynb #3dec9b1a
@@ -303,7 +306,10 @@ def training_cost(
     (crop_seconds,) = check_seconds([crop_seconds])
     batch = int(round(check_seconds([batch_seconds])[0] / crop_seconds))
     if batch < 1:
-        raise EsslError(f"crop_seconds={crop_seconds:g} is longer than batch_seconds={batch_seconds:g}; a step must hold one crop at least.")
+        raise EsslError(
+            f"crop_seconds={crop_seconds:g} is longer than batch_seconds={batch_seconds:g}; a step must hold one "
+            "crop at least."
+        )
     pair, audio = (config, against), batch * crop_seconds
     own, baseline = (training_macs(c, crop_seconds, CODES) / crop_seconds for c in pair)
     raw = run_fresh(measure_training, [to_json(c) for c in pair], batch, crop_seconds, repeats, children, precision.name, device, threads=threads).value

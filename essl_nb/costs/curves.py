@@ -211,7 +211,10 @@ def known_points(path, device: dict | None = None) -> dict: # GIVEN → row, the
     rows, here = (read_lines(path)[0] if Path(path).exists() else []), device_name(machine_record() | (device or {}))
     for r in rows:
         if "made" in r and (there := device_name(r["made"]["machine"])) != here:
-            raise EsslError(f"{path} was measured on {there}, and this is {here}; give another file, since their times are not comparable.")
+            raise EsslError(
+                f"{path} was measured on {there}, and this is {here}; give another file, since their times are not "
+                "comparable."
+            )
     return {tuple(r[k] for k in GIVEN): r for r in rows}
 
 

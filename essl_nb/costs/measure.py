@@ -108,7 +108,10 @@ def meter_of(
     if str(device) == "cpu":
         return CpuMeter()
     if not torch.cuda.is_available():
-        raise EsslError("device='cuda' was given and PyTorch finds no NVIDIA GPU here; measure on device='cpu', or on a machine that has one.")
+        raise EsslError(
+            "device='cuda' was given and PyTorch finds no NVIDIA GPU here; measure on device='cpu', or on a machine "
+            "that has one."
+        )
     return CudaMeter()
 
 # %% ../../nbs/costs/01_measure.ipynb #6d6c5c7f

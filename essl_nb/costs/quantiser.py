@@ -55,7 +55,7 @@ def quantiser_memory(
     rows = [run_fresh(quantise_once, form, *sizes.values(), threads=threads).value for form in QUANTISERS]
     if len({row["codes_sha"] for row in rows}) > 1:
         raise EsslError(f"The two forms of the quantiser gave different codes for {sizes}; compare them in float64.")
-    protocol = "growth of the process's peak resident memory over the call, one fresh process each, float32"
+    protocol = "growth of the process's peak resident memory over the call, one isolated process each, float32"
     record = {**sizes, "threads": threads, "protocol": protocol, "rows": rows, "machine": machine_record(), "versions": library_versions()}
     if path is not None:
         write_json(path, record)

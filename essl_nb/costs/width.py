@@ -64,7 +64,10 @@ def bracket(
     while widths(high) < target:
         low, high = high, widths.next(max(high + 1, high * 5 // 4))
         if high is None:
-            raise EsslError(f"No width up to {WIDEST} reaches {target:,}; compare with a smaller baseline, or give the encoder more depth.")
+            raise EsslError(
+                f"No width up to {WIDEST} reaches {target:,}; compare with a smaller baseline, or give the encoder "
+                "more depth."
+            )
     while widths(low) >= target and (below := widths.next(min(low - 1, low * 4 // 5), -1)):
         low, high = below, low
     while high - low > 1 and (middle := widths.next((low + high) // 2)) < high:

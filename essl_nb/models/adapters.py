@@ -49,7 +49,11 @@ class SpeechBrainEncoder(nn.Module):
         samples = None
         if wav_lens is not None:
             if wav_lens.shape != (len(wavs),) or not bool(((wav_lens > 0) & (wav_lens <= 1)).all()):
-                raise EsslError(f"wav_lens of shape {tuple(wav_lens.shape)} with values {wav_lens.min().item():g} to {wav_lens.max().item():g} were given; SpeechBrain's lengths are {len(wavs)} shares of the longest, above 0 and at most 1.")
+                raise EsslError(
+                    f"wav_lens of shape {tuple(wav_lens.shape)} with values {wav_lens.min().item():g} to "
+                    f"{wav_lens.max().item():g} were given; SpeechBrain's lengths are {len(wavs)} shares of the "
+                    "longest, above 0 and at most 1."
+                )
             samples = (wav_lens.double() * wavs.shape[1]).round().long()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             out = self.model(wavs, samples)
@@ -93,5 +97,8 @@ def register_s3prl(
     try:
         from s3prl import hub
     except (ImportError, AttributeError) as e:
-        raise EsslError(f"s3prl's hub cannot be imported here ({e}); with torchaudio 2.9 and later, s3prl 0.4.18 cannot. s3prl_upstream(encoder) needs no hub.") from e
+        raise EsslError(
+            f"s3prl's hub cannot be imported here ({e}); with torchaudio 2.9 and later, s3prl 0.4.18 cannot. "
+            "s3prl_upstream(encoder) needs no hub."
+        ) from e
     setattr(hub, name, lambda ckpt=None, **kw: s3prl_upstream(ckpt))

@@ -97,7 +97,10 @@ class PostNormBlock(Block):
     ):
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, dropout=dropout, causal=causal)
         if self.mixer.whole_block:
-            raise EsslError(f"{mixer!r} is a whole block with a norm before it; it cannot stand in a post-norm block. Take block='transformer'.")
+            raise EsslError(
+                f"{mixer!r} is a whole block with a norm before it; it cannot stand in a post-norm block. Take "
+                "block='transformer'."
+            )
         self.ff_norm, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult=ff_mult, dropout=dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:

@@ -61,7 +61,10 @@ def write_checkpoint(
 ) -> Path:
     "Write config.json and model.safetensors. Raises EsslError for another type, or when the disk is full; an older checkpoint then stays whole."
     if dtype not in STORED:
-        raise EsslError(f"dtype={dtype} was given; weights are stored as {', '.join(str(d) for d in STORED if d)}, or as they are (None).")
+        raise EsslError(
+            f"dtype={dtype} was given; weights are stored as {', '.join(str(d) for d in STORED if d)}, or as they "
+            "are (None)."
+        )
     folder, tensors = Path(folder), dict(buffers)
     for name, t in weights.items():
         if dtype is None or not t.is_floating_point():
@@ -81,7 +84,10 @@ def read_checkpoint(
     "Read both files. Raises EsslError where they are missing or torn."
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise EsslError(f"{folder} holds no encoder: config.json and model.safetensors are needed, as encoder.save(folder) writes them (Encoder.from_pretrained downloads one from the hub).")
+        raise EsslError(
+            f"{folder} holds no encoder: config.json and model.safetensors are needed, as encoder.save(folder) "
+            "writes them (Encoder.from_pretrained downloads one from the hub)."
+        )
     try:
         config = from_json(EncoderConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except json.JSONDecodeError as e:

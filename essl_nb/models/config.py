@@ -51,9 +51,15 @@ class EncoderConfig:
                 if word not in allowed:
                     raise EsslError(f"The {registry.kind} {name!r} takes no option {word!r}: {nearest(word, allowed)}.")
         if self.position == "convolutional" and (self.causal or self.dim % POSITION_GROUPS):
-            raise EsslError(f"The positional convolution looks ahead and works in {POSITION_GROUPS} groups of features: take causal=False and a dim that {POSITION_GROUPS} divides, or another position.")
+            raise EsslError(
+                f"The positional convolution looks ahead and works in {POSITION_GROUPS} groups of features: take "
+                f"causal=False and a dim that {POSITION_GROUPS} divides, or another position."
+            )
         if self.dim < 1 or self.depth < 1 or not 0 <= self.dropout < 1:
-            raise EsslError(f"dim={self.dim}, depth={self.depth}, dropout={self.dropout} were given; dim and depth must be 1 or more, dropout in [0, 1).")
+            raise EsslError(
+                f"dim={self.dim}, depth={self.depth}, dropout={self.dropout} were given; dim and depth must be 1 or "
+                "more, dropout in [0, 1)."
+            )
         if self.ff_mult <= 0:
             raise EsslError(f"ff_mult={self.ff_mult} was given; it must be above 0.")
 

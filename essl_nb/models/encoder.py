@@ -213,6 +213,9 @@ def load_encoder(
     try:
         encoder.load_state_dict(found.tensors)
     except RuntimeError as e:
-        raise EsslError(f"The weights in {folder} do not fit its config.json ({str(e).splitlines()[-1].strip()}); the two files come from different encoders.") from e
+        raise EsslError(
+            f"The weights in {folder} do not fit its config.json ({str(e).splitlines()[-1].strip()}); the two files "
+            "come from different encoders."
+        ) from e
     encoder.stored_as = found.stored_as
     return encoder.eval()

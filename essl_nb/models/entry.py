@@ -20,7 +20,10 @@ def check_floats(x, lengths: Tensor | None, T: int, what: str):
     if not bool(real.detach().abs().sum().isfinite()):  # one pass; only a sum beyond float32 has to be looked at again
         bad = (~real.detach().isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
         if bad:
-            raise EsslError(f"{what} of clip {', '.join(map(str, bad[:5]))} hold NaN or infinity; look for what made them, and leave these clips out.")
+            raise EsslError(
+                f"{what} of clip {', '.join(map(str, bad[:5]))} hold NaN or infinity; look for what made them, and "
+                "leave these clips out."
+            )
 
 
 def check_wave(
@@ -45,7 +48,10 @@ def check_wave(
     if B == 0:
         raise EsslError(f"The waveforms are {kind_of(wav)}: there is no clip in the batch. {want}, with 1 clip or more.")
     if N < least:
-        raise EsslError(f"The waveforms are {kind_of(wav)}, {N / 16:.1f} ms at 16 kHz: too short for one frame, which needs {least} samples. Leave such clips out, or pad them with zeros.")
+        raise EsslError(
+            f"The waveforms are {kind_of(wav)}, {N / 16:.1f} ms at 16 kHz: too short for one frame, which needs "
+            f"{least} samples. Leave such clips out, or pad them with zeros."
+        )
     samples = check_lengths(samples, B, N, wav.device)
     check_floats(wav, samples, N, "The samples")
     return samples
@@ -57,7 +63,10 @@ def check_features(
 ) -> Tensor | None: # (B,) int64 on their device, None where all are known to be real
     "Raise EsslError for raw features and lengths that do not fit one another."
     if not isinstance(raw, Tensor) or raw.ndim != 3 or not raw.is_floating_point():
-        raise EsslError(f"The features are {kind_of(raw)}; take the tensor of floats (B,T,F) that `frontend.features(wav, samples)` returns.")
+        raise EsslError(
+            f"The features are {kind_of(raw)}; take the tensor of floats (B,T,F) that `frontend.features(wav, "
+            "samples)` returns."
+        )
     if not tracing(raw) and not (raw.shape[0] and raw.shape[1]):
         raise EsslError(f"The features are {kind_of(raw)}: there is nothing in them. Give 1 clip or more, of 1 frame or more.")
     lengths = check_lengths(lengths, raw.shape[0], raw.shape[1], raw.device, "frames")
@@ -72,4 +81,7 @@ def check_span(
 ):
     "Raise EsslError for a span of another shape or type."
     if span is not None and (not isinstance(span, Tensor) or span.ndim != 2 or str(span.dtype) != "torch.bool" or span.shape[0] != B or span.shape[1] != T):
-        raise EsslError(f"The span is {kind_of(span)}; it is a tensor of bool (B,T) = ({B},{T}), True = hidden, with one number for each frame that leaves the front end.")
+        raise EsslError(
+            f"The span is {kind_of(span)}; it is a tensor of bool (B,T) = ({B},{T}), True = hidden, with one number "
+            "for each frame that leaves the front end."
+        )

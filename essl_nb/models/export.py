@@ -26,7 +26,10 @@ def needed(*names) -> list: # modules; raises EsslError where one is not install
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as missing:
-        raise EsslError(f"{missing.name or names} cannot be imported ({missing}); exporting needs it: pip install 'essl_nb[export]'.") from missing
+        raise EsslError(
+            f"{missing.name or names} cannot be imported ({missing}); exporting needs it: pip install "
+            "'essl_nb[export]'."
+        ) from missing
 
 
 class TensorEncoder(nn.Module):
@@ -62,7 +65,10 @@ def parity(path, encoder, samples: int, dynamic: bool) -> float: # largest diffe
     with torch.no_grad():
         want = encoder(wav, lengths)
     if frame_lengths.tolist() != want.lengths.tolist() or frames.shape != want.frames.shape or frames[~lengths_to_mask(want.lengths, frames.shape[1])].any():
-        raise EsslError(f"The exported encoder gives frames {tuple(frames.shape)} of lengths {frame_lengths.tolist()}, torch {tuple(want.frames.shape)} of {want.lengths.tolist()}; please report the configuration.")
+        raise EsslError(
+            f"The exported encoder gives frames {tuple(frames.shape)} of lengths {frame_lengths.tolist()}, torch "
+            f"{tuple(want.frames.shape)} of {want.lengths.tolist()}; please report the configuration."
+        )
     return float((frames - want.frames).abs().max() / want.frames.abs().max())
 
 # %% ../../nbs/models/14_export.ipynb #00053e53
@@ -80,7 +86,10 @@ def export_onnx(
     onnx, _ = needed("onnx", "onnxscript")
     odd = {f"{p.dtype} on {p.device}" for p in encoder.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"}
     if odd:
-        raise EsslError(f"The encoder has parameters of {', '.join(sorted(odd))}; what is exported is float32 on the CPU: copy.deepcopy(encoder).float().cpu().")
+        raise EsslError(
+            f"The encoder has parameters of {', '.join(sorted(odd))}; what is exported is float32 on the CPU: "
+            "copy.deepcopy(encoder).float().cpu()."
+        )
     training, config, front = encoder.training, encoder.config, encoder.frontend
     least = 4 * front.least_samples
     clips, length = (torch.export.Dim("clips", min=1, max=2**12), torch.export.Dim("samples", min=least, max=2**26)) if dynamic else (None, None)
@@ -98,7 +107,10 @@ def export_onnx(
                 with plain_torch():
                     metadata["parity"] = parity(part, encoder, samples, dynamic)
                 if not metadata["parity"] <= tolerance:
-                    raise EsslError(f"The exported encoder differs from torch by {metadata['parity']:.2g} of its largest value, and {tolerance:g} is allowed; {path} was not written.")
+                    raise EsslError(
+                        f"The exported encoder differs from torch by {metadata['parity']:.2g} of its largest value, "
+                        f"and {tolerance:g} is allowed; {path} was not written."
+                    )
             model = onnx.load(part)
             onnx.helper.set_model_props(model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
             onnx.save(model, part)

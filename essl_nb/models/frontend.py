@@ -105,7 +105,10 @@ class Frontend(Constants):
         "Raise EsslError for raw features of another kind."
         if raw.ndim != 3 or raw.shape[-1] != self.spec.n_mels:
             kind = "log-mel frames (B,T,80)" if self.stored else "the waveform as (B,N,1)"
-            raise EsslError(f"{type(self).__name__} reads {kind} and was given {tuple(raw.shape)}; take what its `features(wav, samples)` returns.")
+            raise EsslError(
+                f"{type(self).__name__} reads {kind} and was given {tuple(raw.shape)}; take what its `features(wav, "
+                "samples)` returns."
+            )
 
 # %% ../../nbs/models/01_frontend.ipynb #205e17e3
 class MelFrontend(Frontend):

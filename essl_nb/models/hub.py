@@ -108,7 +108,10 @@ else:
             try:
                 folder = snapshot_download(name, allow_patterns=["config.json", "model.safetensors"], **kw)
             except HFValidationError as e:
-                raise EsslError(f"{name!r} is neither a folder nor a name on the hub ({e}); give the folder of an encoder, or org/name.") from e
+                raise EsslError(
+                    f"{name!r} is neither a folder nor a name on the hub ({e}); give the folder of an encoder, or "
+                    "org/name."
+                ) from e
             except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
                 why = (str(e).strip().splitlines() or [type(e).__name__])[0]
                 raise EsslError(f"There is no folder {name}, and the hub gave no {name!r}: {why}") from e

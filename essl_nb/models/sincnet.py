@@ -30,7 +30,10 @@ class SincFilters(Constants):
     ):
         super().__init__()
         if kernel < 3 or kernel % 2 == 0 or filters < 1:
-            raise EsslError(f"filters={filters}, kernel={kernel} were given; a filter has an odd number of samples, 3 or more, and there must be one.")
+            raise EsslError(
+                f"filters={filters}, kernel={kernel} were given; a filter has an odd number of samples, 3 or more, "
+                "and there must be one."
+            )
         self.rate, self.lowest, self.narrowest = rate, lowest, narrowest
         mel = torch.linspace(2595 * math.log10(1 + lowest / 700), 2595 * math.log10(1 + (rate / 2 - narrowest) / 700), filters + 1)
         corners = 700 * (10 ** (mel / 2595) - 1)  # (filters+1) Hz

@@ -95,10 +95,16 @@ def config_of(
     kernels = [(shape(convolution(i, "conv.weight")) or (0, 0, 0))[2] for i in range(len(CONVOLUTIONS))]
     projection, inner = shape("encoder.feature_projection.projection.weight"), shape(LAYER.format(0) + "feed_forward.intermediate_dense.weight")
     if kernels != [k for k, _ in CONVOLUTIONS] or projection is None or inner is None or shape(convolution(len(CONVOLUTIONS), "conv.weight")):
-        raise EsslError(f"This is no wav2vec 2.0 or HuBERT: convolutions with the kernels {[k for k, _ in CONVOLUTIONS]} are needed and {kernels} were found; give a model of torchaudio.models or transformers, or its state dict.")
+        raise EsslError(
+            f"This is no wav2vec 2.0 or HuBERT: convolutions with the kernels {[k for k, _ in CONVOLUTIONS]} are "
+            f"needed and {kernels} were found; give a model of torchaudio.models or transformers, or its state dict."
+        )
     (dim, channels), (hidden, _) = projection, inner
     if (position := shape(TENSORS["position.direction"])) != (dim, dim // POSITION_GROUPS, POSITION_KERNEL):
-        raise EsslError(f"The positional convolution has the shape {position}; {POSITION_GROUPS} groups and {POSITION_KERNEL} frames are needed, {(dim, dim // POSITION_GROUPS, POSITION_KERNEL)}.")
+        raise EsslError(
+            f"The positional convolution has the shape {position}; {POSITION_GROUPS} groups and {POSITION_KERNEL} "
+            f"frames are needed, {(dim, dim // POSITION_GROUPS, POSITION_KERNEL)}."
+        )
     if heads is None and dim not in HEADS:
         raise EsslError(f"A state dict of width {dim} does not tell its number of heads; give heads=, or the model itself.")
     layered = convolution(1, "layer_norm.weight") in tensors
@@ -130,9 +136,15 @@ def load_plain(
         made[name] = (made[name].float() if made[name].dtype in (torch.float16, torch.bfloat16) else made[name]).contiguous().clone()
         used.update(names)
         if made[name].shape != p.shape:
-            raise EsslError(f"{', '.join(names)} has the shape {tuple(made[name].shape)}, and {tuple(p.shape)} is needed; this is another kind of model.")
+            raise EsslError(
+                f"{', '.join(names)} has the shape {tuple(made[name].shape)}, and {tuple(p.shape)} is needed; this "
+                "is another kind of model."
+            )
     if extra := sorted(set(tensors) - used):
-        raise EsslError(f"The weights hold {len(extra)} tensors that wav2vec 2.0 and HuBERT have no place for ({', '.join(extra[:3])} …); this is another kind of model.")
+        raise EsslError(
+            f"The weights hold {len(extra)} tensors that wav2vec 2.0 and HuBERT have no place for "
+            f"({', '.join(extra[:3])} …); this is another kind of model."
+        )
     encoder.load_state_dict(made, assign=True)
     return encoder.eval()
 
@@ -163,10 +175,18 @@ def prove_same(
     encoded = encoder(wav.to(next(encoder.parameters()).device))
     ours = (encoded.frames if layer is None else encoded.layers[layer]).to(expected.device)
     if ours.shape != expected.shape:
-        raise EsslError(f"The model turns {NOISE_SAMPLES} samples into frames of the shape {tuple(expected.shape)} and the imported encoder into {tuple(ours.shape)}: it has strides, pooling or an adapter that this encoder has not.")
+        raise EsslError(
+            f"The model turns {NOISE_SAMPLES} samples into frames of the shape {tuple(expected.shape)} and the "
+            f"imported encoder into {tuple(ours.shape)}: it has strides, pooling or an adapter that this encoder has "
+            "not."
+        )
     difference = ((ours - expected).abs().max() / expected.abs().max()).item()
     if not difference < SAME:
-        raise EsslError(f"The imported encoder computes other frames than the model (they differ by {difference:.1e} of the largest value, {SAME:g} is allowed): its code or its settings are not those of a published wav2vec 2.0 or HuBERT.")
+        raise EsslError(
+            f"The imported encoder computes other frames than the model (they differ by {difference:.1e} of the "
+            f"largest value, {SAME:g} is allowed): its code or its settings are not those of a published wav2vec 2.0 "
+            "or HuBERT."
+        )
 
 
 def from_torchaudio(
@@ -206,7 +226,10 @@ def check_settings(
     plain = lambda v: list(v) if isinstance(v, (list, tuple)) else v
     other = [f"{k}={plain(getattr(config, k))!r} (here: {v!r})" for k, v in ONLY.items() if hasattr(config, k) and plain(getattr(config, k)) != v]
     if other:
-        raise EsslError(f"This model has settings that the imported encoder would not have: {', '.join(other)}; only models with the published settings can be imported.")
+        raise EsslError(
+            f"This model has settings that the imported encoder would not have: {', '.join(other)}; only models with "
+            "the published settings can be imported."
+        )
 
 
 def from_transformers(
@@ -216,10 +239,16 @@ def from_transformers(
 ) -> Encoder: # in evaluation mode
     "An encoder with the weights of a wav2vec 2.0 or HuBERT model of transformers. Raises EsslError for another kind of model."
     if not hasattr(model, "config"):
-        raise EsslError(f"A {type(model).__name__} was given; give a model of transformers, such as Wav2Vec2Model.from_pretrained({model if isinstance(model, str) else 'facebook/wav2vec2-base'!r}).")
+        raise EsslError(
+            f"A {type(model).__name__} was given; give a model of transformers, such as "
+            f"Wav2Vec2Model.from_pretrained({model if isinstance(model, str) else 'facebook/wav2vec2-base'!r})."
+        )
     tensors, c = plain_names(model.state_dict()), model.config
     if not hasattr(c, "feat_extract_norm"):
-        raise EsslError(f"A model of the type {getattr(c, 'model_type', type(c).__name__)!r} was given; wav2vec 2.0 and HuBERT can be imported.")
+        raise EsslError(
+            f"A model of the type {getattr(c, 'model_type', type(c).__name__)!r} was given; wav2vec 2.0 and HuBERT "
+            "can be imported."
+        )
     check_settings(c)
     normalise = c.feat_extract_norm == "layer" if normalise is None else normalise
     encoder = load_plain(tensors, config_of(tensors, heads=c.num_attention_heads, pre_norm=c.do_stable_layer_norm, normalise=normalise))
@@ -233,7 +262,10 @@ def to_torchaudio(
     "The weights under torchaudio's names. Raises EsslError for an encoder that torchaudio does not know."
     c, made = encoder.config, {}
     if c.position != "convolutional" or c.mixer_kw.get("rotary", True) or any(not torchaudio_names(name) for name in encoder.state_dict()):
-        raise EsslError("torchaudio has no such encoder: it knows the wav2vec2 front end, convolutional position, and transformer or postnorm blocks around attention with rotary=False.")
+        raise EsslError(
+            "torchaudio has no such encoder: it knows the wav2vec2 front end, convolutional position, and "
+            "transformer or postnorm blocks around attention with rotary=False."
+        )
     for name, tensor in encoder.state_dict().items():
         names = torchaudio_names(name)
         if names != [HIDDEN]:

@@ -71,7 +71,10 @@ class Wav2Vec2Frontend(WaveFrontend):
         if norm not in NORMS:
             raise EsslError(f"norm={norm!r} was given; it can be {' or '.join(NORMS)}.")
         if causal and (norm == "group" or normalise):
-            raise EsslError("Statistics over the whole utterance (norm='group', normalise=True) cannot be causal; take norm='layer' and normalise=False.")
+            raise EsslError(
+                "Statistics over the whole utterance (norm='group', normalise=True) cannot be causal; take "
+                "norm='layer' and normalise=False."
+            )
         self.normalise = normalise
         sizes = [1] + [channels] * len(CONVOLUTIONS)
         self.layers = nn.ModuleList(nn.Conv1d(a, b, k, s, bias=bias) for a, b, (k, s) in zip(sizes, sizes[1:], CONVOLUTIONS))

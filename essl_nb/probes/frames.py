@@ -148,7 +148,10 @@ def open_encoder(
     if name.split(":")[0] == "logmel":
         context = name.partition(":")[2] or "0"
         if not context.isdigit():
-            raise EsslError(f"{name!r} is not a baseline; write logmel, logmel:40 or logmel:100 (milliseconds of context on each side).")
+            raise EsslError(
+                f"{name!r} is not a baseline; write logmel, logmel:40 or logmel:100 (milliseconds of context on each "
+                "side)."
+            )
         return Baseline("logmel", int(context))
     return load_encoder(encoder)
 
@@ -346,7 +349,10 @@ def read_layers(source: Source, utterances: list, spans, keep, progress) -> Fram
         hidden = [spans[id] for id in names] if spans else None
         layers, lengths = source.layers([source.raw(some[i]) for i in batch], hidden, names[0], names)
         if lengths.tolist() != (wanted := [full[id] for id in names]):
-            raise EsslError(f"The encoder gave {lengths.tolist()} frames where its front end's `out_lengths` says {wanted}; correct `out_lengths`.")
+            raise EsslError(
+                f"The encoder gave {lengths.tolist()} frames where its front end's `out_lengths` says {wanted}; "
+                "correct `out_lengths`."
+            )
         if data is None:
             data = torch.empty(max(end for _, end in bounds.values()), *layers.shape[2:], dtype=torch.float16)
         if data.dtype == torch.float16 and float(layers.abs().max()) > torch.finfo(torch.float16).max:
@@ -391,7 +397,10 @@ def pooled(
 ) -> Tensor: # (M,L,D) float32
     "Every layer of each crop, averaged over time. Raises EsslError where a crop is shorter than a frame."
     if not source.out_length(source.raw_length(segments[0])):
-        raise EsslError(f"A crop of {segments[0].frames / MEL_RATE:g} s is shorter than a frame of this encoder; give longer ones.")
+        raise EsslError(
+            f"A crop of {segments[0].frames / MEL_RATE:g} s is shorter than a frame of this encoder; give longer "
+            "ones."
+        )
     size, out = max(1, int(source.batch_seconds * MEL_RATE / segments[0].frames)), []
     for i in tqdm(range(0, len(segments), size), desc="reading crops", unit="batch", disable=not progress, leave=False):
         part = segments[i : i + size]

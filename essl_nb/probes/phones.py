@@ -38,7 +38,10 @@ def phone_part(
         raise EsslError(f"The part {part!r} has no phone labels; parts that have some: {', '.join(map(repr, seconds)) or 'none'}.")
     known = [u for u in corpus if u.phones and u.part == part]
     if phone_classes(known) == ["pau"]:
-        raise EsslError(f"The part {part!r} is labelled with pauses only ({', '.join(sorted(PAUSES - {''}))}); the probe needs phones.")
+        raise EsslError(
+            f"The part {part!r} is labelled with pauses only ({', '.join(sorted(PAUSES - {''}))}); the probe needs "
+            "phones."
+        )
     return known
 
 
@@ -54,9 +57,15 @@ def in_split(
 ) -> list:
     "The utterances of one split. Raises EsslError where there are too few."
     if not (chosen := [u for u in utterances if u.split == split]):
-        raise EsslError(f"No utterance with the labels of this probe is in the split {split!r}; it needs some in train and in the split that it scores, and phone probes in valid.")
+        raise EsslError(
+            f"No utterance with the labels of this probe is in the split {split!r}; it needs some in train and in "
+            "the split that it scores, and phone probes in valid."
+        )
     if len(chosen) < least:
-        raise EsslError(f"The split {split!r} has {len(chosen)} utterance, and an interval needs at least {least}; give more recordings, or another split.")
+        raise EsslError(
+            f"The split {split!r} has {len(chosen)} utterance, and an interval needs at least {least}; give more "
+            "recordings, or another split."
+        )
     return chosen
 
 

@@ -159,7 +159,10 @@ def check_corpus(corpus):
     if not len(corpus):
         raise EsslError("The corpus has no utterances; give one that has some.")
     if twice := [id for id, n in Counter(u.id for u in corpus).items() if n > 1]:
-        raise EsslError(f"The ids {', '.join(map(repr, twice[:5]))} occur more than once in this corpus; give each utterance its own.")
+        raise EsslError(
+            f"The ids {', '.join(map(repr, twice[:5]))} occur more than once in this corpus; give each utterance its "
+            "own."
+        )
 
 # %% ../../nbs/probes/03_probe.ipynb #96f99cdb
 def run_probe(
@@ -186,11 +189,17 @@ def run_probe(
     with plain_torch():
         encoder = open_encoder(encoder)
         if isinstance(encoder, Baseline) and not entry.meta.get("baselines", True):
-            raise EsslError(f"The probe {probe!r} trains the encoder itself, and a log-mel baseline has nothing to train; give an encoder.")
+            raise EsslError(
+                f"The probe {probe!r} trains the encoder itself, and a log-mel baseline has nothing to train; give "
+                "an encoder."
+            )
         corpus = open_corpus(corpus)
         check_corpus(corpus)
         if (needs := entry.meta.get("needs", "voice")) not in offers(corpus):
-            raise EsslError(f"The probe {probe!r} needs {needs} labels and this corpus has none; it can run: {', '.join(runnable(corpus)) or 'no probe'}.")
+            raise EsslError(
+                f"The probe {probe!r} needs {needs} labels and this corpus has none; it can run: "
+                f"{', '.join(runnable(corpus)) or 'no probe'}."
+            )
         with on_device(encoder, device):
             source = Source(encoder, corpus.features(progress=progress), memo=memo, precision=precision)
             score = entry.obj(Job(probe, source, corpus, head, labels, seed, split, progress), **options)
@@ -220,7 +229,10 @@ def on_device(
     try:
         encoder.to(device)
     except (RuntimeError, AssertionError) as e:
-        raise EsslError(f"The device {device!r} cannot be used here ({str(e).splitlines()[0]}); give 'cpu', or 'cuda' where there is a GPU.") from e
+        raise EsslError(
+            f"The device {device!r} cannot be used here ({str(e).splitlines()[0]}); give 'cpu', or 'cuda' where "
+            "there is a GPU."
+        ) from e
     try:
         yield
     finally:

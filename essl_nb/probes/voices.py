@@ -115,7 +115,10 @@ def few_shot(
 ):
     "Few-shot balanced accuracy on crops."
     if not 0.1 <= seconds <= 10 or shots < 1 or draws < 1:
-        raise EsslError(f"seconds={seconds}, shots={shots}, draws={draws}: a crop lasts 0.1 to 10 s, and there is at least one shot and one draw.")
+        raise EsslError(
+            f"seconds={seconds}, shots={shots}, draws={draws}: a crop lasts 0.1 to 10 s, and there is at least one "
+            "shot and one draw."
+        )
     size, features = round(100 * seconds), job.source.features
     long = lambda utterances: [u for u in utterances if len(features[u.id]) >= size]
     learn, test = grouped(long(train), label, shots), grouped(long(score), label, least)

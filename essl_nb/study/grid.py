@@ -112,7 +112,10 @@ def grid_values(
     if isinstance(source, (str, Path)):
         return read_values(source, "grid file")
     if not isinstance(source, dict):
-        raise EsslError(f"A grid is an object with the fields {', '.join(f.name for f in dataclasses.fields(Grid))}; got {source!r:.80}.")
+        raise EsslError(
+            f"A grid is an object with the fields {', '.join(f.name for f in dataclasses.fields(Grid))}; got "
+            f"{source!r:.80}."
+        )
     try:
         return json.loads(json.dumps(source, allow_nan=False))
     except (TypeError, ValueError) as e:
@@ -260,7 +263,10 @@ def check_grid(grid: Grid) -> Grid:
         check_options(CARDS[c.card], c.kw, f"In the grid: costs[{n}].kw")
         check_names(f"costs[{n}].encoders", c.encoders, names)
     if bad := [ms for ms in grid.baselines if ms < 0]:
-        raise EsslError(f"The grid's baselines hold {bad[0]!r}; each is the context of log-mel frames on either side in ms, from 0.")
+        raise EsslError(
+            f"The grid's baselines hold {bad[0]!r}; each is the context of log-mel frames on either side in ms, from "
+            "0."
+        )
     check_cells(grid_cells(grid))
     return grid
 

@@ -47,9 +47,9 @@ def front_mask(
 def pareto_mask(
     df: pd.DataFrame, # the points, one a row
     x: str, # column of the cost
-    y: str, # column of the worth
+    y: str, # column of the accuracy
     *,
-    maximise: tuple | None = None, # the columns that should be large; None: y alone
+    maximise: tuple | None = None, # the columns that should be large; None: y only
 ) -> pd.Series: # bool, on the index of df
     "Marks the rows of `df` on the front of `x` and `y`. Raises EsslError for an unknown column."
     maximise = (y,) if maximise is None else (maximise,) if isinstance(maximise, str) else tuple(maximise)
@@ -62,9 +62,9 @@ def pareto_mask(
 def pareto_front(
     df: pd.DataFrame, # the points, one a row
     x: str, # column of the cost
-    y: str, # column of the worth
+    y: str, # column of the accuracy
     *,
-    maximise: tuple | None = None, # the columns that should be large; None: y alone
+    maximise: tuple | None = None, # the columns that should be large; None: y only
 ) -> pd.DataFrame: # the rows on the front, sorted along x
     "The rows that no other row beats on both axes. Raises EsslError for an unknown column."
     return df[pareto_mask(df, x, y, maximise=maximise)].sort_values([x, y], kind="stable")

@@ -109,7 +109,10 @@ def results_file(folder) -> Path: # rows.jsonl
     path = Path(folder)
     path = path / "rows.jsonl" if path.suffix != ".jsonl" else path
     if not path.is_file():
-        raise EsslError(f"There are no results in {folder}: {path.name} is missing; give the folder of a study, such as results/small.")
+        raise EsslError(
+            f"There are no results in {folder}: {path.name} is missing; give the folder of a study, such as "
+            "results/small."
+        )
     return path
 
 
@@ -176,7 +179,10 @@ def scores_of(results, probe=None) -> pd.DataFrame:
 def pooled_units(rows: pd.DataFrame) -> np.ndarray: # (U,2)
     "Counts of each utterance, averaged over the seeds. Raises EsslError where seeds were scored on other utterances."
     if rows.unit_ids_hash.nunique() > 1:
-        raise EsslError(f"The scores of {rows.encoder.iloc[0]!r} on {rows.probe.iloc[0]!r} come from different utterances; score them again with one corpus.")
+        raise EsslError(
+            f"The scores of {rows.encoder.iloc[0]!r} on {rows.probe.iloc[0]!r} come from different utterances; score "
+            "them again with one corpus."
+        )
     return np.mean([np.asarray(u, dtype=float) for u in rows.units], axis=0)
 
 
@@ -240,7 +246,10 @@ def paired_table(
     references = usual_references(scores) if against is None else [against] if isinstance(against, str) else list(against)
     for name in references:
         if name != "untrained" and name not in set(scores.encoder):
-            raise EsslError(f"These results hold no encoder or baseline {name!r}: {nearest(name, {*scores.encoder, 'untrained'})}.")
+            raise EsslError(
+                f"These results hold no encoder or baseline {name!r}: "
+                f"{nearest(name, {*scores.encoder, 'untrained'})}."
+            )
     table = []
     for asked, same in scores.groupby(ASKED, dropna=False, sort=False):
         for (encoder, objective), rows in same[same.state == "pretrained"].groupby(["encoder", "objective"], sort=False):

@@ -183,7 +183,10 @@ class Study:
         "Every cell of the grid in the order of work, or those of the kinds in `only`."
         kinds = list(DEFAULT_SECONDS) if not only else [k.strip() for k in (only.split(",") if isinstance(only, str) else only)]
         if strange := [k for k in kinds if k not in DEFAULT_SECONDS]:
-            raise EsslError(f"There is no kind of cell called {strange[0]!r}; only takes {', '.join(DEFAULT_SECONDS)}, with commas between.")
+            raise EsslError(
+                f"There is no kind of cell called {strange[0]!r}; only takes {', '.join(DEFAULT_SECONDS)}, with "
+                "commas between."
+            )
         return [c for c in grid_cells(self.grid) if c.kind in kinds]
 
     def weights(self, cell: Cell, known: dict) -> Path:
@@ -288,9 +291,15 @@ def check_data(self: StudyPass) -> str:
     corpus = load_corpus(self.study.grid.corpus)
     now, can = corpus.data_hash, runnable(corpus)
     if other := {row["made"].get("data_hash", now) for row in self.known.values()} - {now}:
-        raise EsslError(f"The facts in {self.study.rows_file} are about data {other.pop()}, the corpus is now {now}; restore it or give another folder.")
+        raise EsslError(
+            f"The facts in {self.study.rows_file} are about data {other.pop()}, the corpus is now {now}; restore it "
+            "or give another folder."
+        )
     if lacking := [c.what["call"] for c in self.todo if c.kind == "score" and c.what["call"] not in can]:
-        raise EsslError(f"The corpus {corpus.name!r} has no labels for the probe {lacking[0]!r}; it can run: {', '.join(can) or 'no probe'}.")
+        raise EsslError(
+            f"The corpus {corpus.name!r} has no labels for the probe {lacking[0]!r}; it can run: "
+            f"{', '.join(can) or 'no probe'}."
+        )
     corpus.features(progress=not self.bar.disable)  # once, before the first two cells would both do it
     return now
 

@@ -64,7 +64,10 @@ def studied(
     folders = {setting: Path(results) / name for setting, name in SETTINGS.items()}
     table = setting_table({setting: f for setting, f in folders.items() if (f / "rows.jsonl").is_file()}, probe)
     if unknown := [n for n in encoders if n not in table.index]:
-        raise EsslError(f"Encoders {', '.join(map(repr, unknown))} were given; the studies in {results} have {', '.join(table.index)}.")
+        raise EsslError(
+            f"Encoders {', '.join(map(repr, unknown))} were given; the studies in {results} have "
+            f"{', '.join(table.index)}."
+        )
     references = [e.name for e in mixers if any(e.meta.get(role) for role in ROLES)]
     return table[table.index.isin([*encoders, *references])]
 
@@ -95,7 +98,10 @@ def gain_table(
             text = interval_text(r.value, r.low, r.high, sign="+")
             rows.append(dict(study=label, encoder=r.encoder, value=r.value, low=r.low, high=r.high, clear=r.clear, text=text))
     if not rows:
-        raise EsslError(f"No study among {', '.join(studies) or 'none at all'} has both a {role} and scores of the probe {probe!r}.")
+        raise EsslError(
+            f"No study among {', '.join(studies) or 'none at all'} has both a {role} and scores of the probe "
+            f"{probe!r}."
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/06_tables.ipynb #559736ab

@@ -80,12 +80,18 @@ def limit_of(cost: str, text) -> float: # in the table's own unit
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise EsslError(f"The budget for the {name} is {str(text)!r:.40}, which is no number; give one such as 25 or \"25 {unit.split()[0]}\", or leave it empty.")
+        raise EsslError(
+            f"The budget for the {name} is {str(text)!r:.40}, which is no number; give one such as 25 or \"25 "
+            f"{unit.split()[0]}\", or leave it empty."
+        )
     given, own = found[2].lower(), {"MB": "mb", "MiB": "mib", "ms": "ms", "minutes": "min"}.get(unit)
     if not given:
         return value / factor
     if own is None or given not in UNITS or UNITS[given][0] != UNITS[own][0]:
-        raise EsslError(f"The budget for the {name} is {str(text)!r:.40}; it is taken in {unit}, so give a number, or a number with a unit of that kind.")
+        raise EsslError(
+            f"The budget for the {name} is {str(text)!r:.40}; it is taken in {unit}, so give a number, or a number "
+            "with a unit of that kind."
+        )
     return value * UNITS[given][1] / UNITS[own][1] / factor
 
 # %% ../../nbs/viz/05_tradeoff.ipynb #1693c755
