@@ -9,7 +9,7 @@ from essl_nb.core.files import read_lines
 from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
 from essl_nb.costs import recurrent as b
-from essl_nb.probes.recognise import CELLS, BothDirections, SmallRecogniser, equal_units, parameters, recognise, recognition_rows, recognition_table
+from essl_nb.probes.recognise import CELLS, Bidirectional, SmallRecogniser, equal_units, parameters, recognise, recognition_rows, recognition_table
 
 SMALL = b.Shape(1, 1, 24, 2, 12)
 
@@ -125,7 +125,7 @@ def test_a_recogniser_hears_each_utterance_alone(cell):
 
 def test_torchs_layers_leave_zeros_in_the_padding():
     x, lengths = torch.randn(2, 6, 3), torch.tensor([6, 2])
-    assert BothDirections(torch.nn.LSTM, 3, 4, 2)(x, lengths)[0][1, 2:].eq(0).all()
+    assert Bidirectional(torch.nn.LSTM, 3, 4, 2)(x, lengths)[0][1, 2:].eq(0).all()
 
 
 @pytest.fixture(scope="module")
