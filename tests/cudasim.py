@@ -1,13 +1,13 @@
 """A CUDA simulator for the kernels of essl_nb.ligru: all blocks at once, warps in step, and a memory that can be late.
 
 Kernels are plain Python functions of the words they are written in (essl_nb.ligru.gpu.ptx.device_words makes those of a GPU).
-Here are the same words for the simulator. Each CUDA thread is a greenlet; it runs until it has to meet others:
+Here are the same words for the simulator. Each CUDA thread is a greenlet; it runs until it has to wait for others:
 
 - `syncthreads` waits for all threads of the block, shuffles and `mma` for all 32 of the warp; a thread that does not come is an error;
 - `reached` gives way to another thread; when nobody but waiting threads is left, that is reported as a deadlock;
 - what a block writes is seen by other blocks only after it has arrived at a counter (release);
 - `mma` collects the words of 32 threads into the matrices that PTX documents for m16n8k16, and hands the product back;
-- `pack` rounds to the nearest bfloat16, ties to even;
+- `pack_bf16x2` rounds to the nearest bfloat16, ties to even;
 - memory that was never written is NaN, an index out of range is an error.
 
 `seed` draws the order in which threads run; a missing barrier shows as numbers that depend on it.
@@ -113,7 +113,7 @@ def multiply(here, _):
 RESULTS = {"sync": lambda here, _: [None] * len(here), "shuffle": exchange, "mma": multiply}
 
 
-def pack(low, high):
+def pack_bf16x2(low, high):
     "Two float32 to a word of bfloat16, rounded to nearest even."
     bits = np.array([low, high], f32).view(np.uint32).astype(np.uint64)
     rounded = ((bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype(np.uint32)
@@ -173,7 +173,7 @@ def unary(f):
 
 WORDS = SimpleNamespace(
     cuda=Cuda(), float32=f32, int32=i32, exp=unary(np.exp), tanh=unary(np.tanh), sin=unary(np.sin), cos=unary(np.cos), sqrt=unary(np.sqrt),
-    device=lambda f: f, pack=pack, load4=load4, load1=lambda memory, i: memory[i], arrive=arrive, reached=reached, cooperative=lambda: None,
+    device=lambda f: f, pack_bf16x2=pack_bf16x2, load4=load4, load1=lambda memory, i: memory[i], arrive=arrive, reached=reached, cooperative=lambda: None,
     mma=lambda *v: getcurrent().meet("mma", (v[:4], v[4:6], v[6:])),
 )
 
@@ -217,7 +217,7 @@ def run(kernel, grid, threads, args, seed=None):
 class Simulator:
     "An engine for essl_nb.ligru.gpu.backend that runs here."
 
-    piece = 3
+    frames_per_graph = 3
 
     def __init__(self, limits, seed=0, words=WORDS):
         self.the_limits, self.seed, self.words, self.launched = limits, seed, words, []
@@ -225,13 +225,13 @@ class Simulator:
     def limits(self, device):
         return self.the_limits
 
-    def fits(self, maker, form, device):
+    def fits(self, maker, shape, device):
         return 1 << 20
 
-    def launch(self, maker, form, grid, args):
-        kernel = maker(self.words, form)
-        self.launched.append((maker.__name__, form, grid, dict(zip(inspect.signature(kernel).parameters, args))))
-        run(kernel, grid, form.threads, [a.detach().view(-1) if isinstance(a, torch.Tensor) else a for a in args], self.seed)
+    def launch(self, maker, shape, grid, args):
+        kernel = maker(self.words, shape)
+        self.launched.append((maker.__name__, shape, grid, dict(zip(inspect.signature(kernel).parameters, args))))
+        run(kernel, grid, shape.threads, [a.detach().view(-1) if isinstance(a, torch.Tensor) else a for a in args], self.seed)
 
     def record(self, run, device):
         return run

@@ -15,6 +15,7 @@ from essl_nb.costs import cards, curves, measure
 from essl_nb.costs.gpu_cases import KINDS, PASSES, all_cases
 from essl_nb.costs.gpu_kernels import KernelCase, gpu_code, verdict
 from essl_nb.ligru.cell import CELLS
+from essl_nb.ligru.gpu.launch_plan import H100
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 
@@ -181,13 +182,13 @@ def broken(**words):
 
 
 def test_a_kernel_that_swaps_two_numbers_of_a_word_is_found_wrong():
-    (row,) = KernelCase(dict(SMALL, cell=CELLS[0], precision="bf16"), "simulator", broken(pack=lambda low, high: cudasim.pack(high, low)))({})
+    (row,) = KernelCase(dict(SMALL, cell=CELLS[0], precision="bf16"), "simulator", broken(pack_bf16x2=lambda low, high: cudasim.pack_bf16x2(high, low)))({})
     assert not row["right"] and "step states" in row["wrong"]
 
 
 def test_a_kernel_that_drops_bits_too_early_is_found_wrong_where_the_whole_hides_it():
-    truncated = lambda low, high: cudasim.pack(*(x.view("i4").__and__(-65536).astype("i4").view("f4") for x in (low, high)))
-    (row,) = KernelCase(dict(SMALL, cell=CELLS[0], precision="bf16"), "simulator", broken(pack=truncated))({})
+    truncated = lambda low, high: cudasim.pack_bf16x2(*(x.view("i4").__and__(-65536).astype("i4").view("f4") for x in (low, high)))
+    (row,) = KernelCase(dict(SMALL, cell=CELLS[0], precision="bf16"), "simulator", broken(pack_bf16x2=truncated))({})
     assert "step states" in row["wrong"] and "truth states" not in row["wrong"]
 
 
@@ -198,17 +199,17 @@ def test_nan_is_wrong():
 def test_the_fall_back_is_reached_with_its_own_path():
     (row,) = KernelCase(dict(SMALL, cell=CELLS[1], precision="fp32", path="frames"), "simulator", cudasim)({})
     assert row["right"] and {p["kind"] for p in row["ran"].values()} == {"frames"}
-    assert gpu_code().H100.registers > 0
+    assert H100.registers > 0
 
 
 def test_a_contestant_that_fails_leaves_a_row_and_the_rest_is_timed(monkeypatch):
     monkeypatch.setattr(torch.nn.LSTM, "forward", lambda *args: 1 / 0)
     case = next(c for c in all_cases("cpu", "b"))
-    told = []
-    rows = KINDS["recurrent"](case, "cpu", None, told.append)(case["points"][0])
+    logged = []
+    rows = KINDS["recurrent"](case, "cpu", None, logged.append)(case["points"][0])
     by = {r["name"]: r for r in rows}
     assert "ZeroDivisionError" in by["LSTM"]["failed"] and by["GRU"]["time_s"] > 0 and by["LiGRU"]["first_over_it"] == 1
-    assert told[:2] == ["LiGRU", "SLi-GRU"] and "LSTM" in told
+    assert logged[:2] == ["LiGRU", "SLi-GRU"] and "LSTM" in logged
     left = KINDS["recurrent"](dict(case, without=["LSTM"]), "cpu")(case["points"][0])
     assert "LSTM" not in {r["name"] for r in left}
 

@@ -173,7 +173,7 @@ from essl_nb.core.registry import EsslError
 from essl_nb.ops.scan import scan_form, selective_scan, selective_scan_reference
 layer, x = LiGRU(8, 8), torch.randn(2, 20, 8)
 layer(x)[0].sum().backward()
-print(layer.took.name, layer.took.why)
+print(layer.backend_used.name, layer.backend_used.why)
 try:
     LiGRU(8, 8, backend="cpu")(x)
 except EsslError as e:
@@ -182,6 +182,6 @@ given = torch.randn(1, 30, 4), torch.rand(1, 30, 4), -torch.rand(3, 4), torch.ra
 print(scan_form(x), torch.allclose(selective_scan(*given)[0], selective_scan_reference(*given)[0], atol=1e-5))
 print(all(build_mixer(name, 16) is not None for name in list_mixers()))
 """
-    (took, refused, scan, all_built), _ = said(start(tmp_path, code, **env))
-    assert took.startswith("reference") and reason in took and "backend='cpu' cannot run here" in refused and reason in refused
+    (used, refused, scan, all_built), _ = said(start(tmp_path, code, **env))
+    assert used.startswith("reference") and reason in used and "backend='cpu' cannot run here" in refused and reason in refused
     assert scan == "chunks True" and all_built == "True"

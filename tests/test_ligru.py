@@ -8,7 +8,7 @@ from torch import nn
 import essl_nb.ligru.custom_op as operator
 from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import reverse_frames, reversal
-from essl_nb.ligru.cell import ACTIVATIONS, CELLS, BatchNorm, Norm, drop_mask, recurrence
+from essl_nb.ligru.cell import ACTIVATIONS, CELLS, BatchNorm, Kept, Norm, drop_mask, recurrence
 from essl_nb.ligru.custom_op import explain_backend, light_operator, light_recurrence
 from essl_nb.ligru.layer import LiGRU, SLiGRU
 
@@ -59,7 +59,7 @@ def test_operator_and_all_gradients_are_the_plain_loops(cell, activation, recomp
     true, mine = recurrence(*args, **kw), light_recurrence(*args, **kw, recompute=recompute, backend=backend)
     grad = torch.randn_like(true)
     assert near(mine, true)
-    for a, b in zip(torch.autograd.grad(mine, leaves, grad), torch.autograd.grad(true, leaves, grad)):
+    for a, b in zip(torch.autograd.grad(mine, leaves, grad), torch.autograd.grad(true, leaves, grad), strict=True):
         assert near(a, b)
 
 
@@ -79,7 +79,7 @@ def test_norm_in_the_loop_is_torchs_before_it(cell, T, threads, own, recompute, 
     true = recurrence(torch.zeros_like(wx).index_put((real,), flat), *rest, cell=cell)
     assert near(mine, true, 1e-10)
     grad = torch.randn_like(true)
-    for a, b in zip(torch.autograd.grad(mine, [dirty, *leaves], grad), torch.autograd.grad(true, [wx, *leaves], grad)):
+    for a, b in zip(torch.autograd.grad(mine, [dirty, *leaves], grad), torch.autograd.grad(true, [wx, *leaves], grad), strict=True):
         assert near(a, b, 1e-10)
 
 
@@ -162,7 +162,7 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for(cell, backend, monkeypat
         assert torch.equal(light_recurrence(*args, cell=cell, backend=backend), true)
     plain = [a if a is None else a.detach() for a in args]
     assert torch.equal(light_recurrence(*plain, cell=cell, backend=backend), true)
-    assert len(kept[0]) and kept[1:] == [(), ()]
+    assert kept[0].gates is not None and kept[1:] == [Kept(), Kept()]
 
 
 def test_a_second_derivative_is_refused():
@@ -182,7 +182,7 @@ def test_backend_says_what_it_takes_and_refuses_by_name(monkeypatch):
     assert explain_backend("auto", "cpu") == ("reference", "the compiled loop for cpu cannot run: it is Sunday")
     with pytest.raises(EsslError, match="it is Sunday"):
         light_recurrence(*operands()[:3], backend="cpu")
-    assert LiGRU(3, 4).took.name == "reference"
+    assert LiGRU(3, 4).backend_used.name == "reference"
 
 
 @pytest.mark.parametrize("change, said", [
@@ -207,12 +207,12 @@ def by_hand(layer, x, h0, lengths):
     for b in range(B):
         n, last = int(lengths[b]), []
         y = x[b : b + 1, :n].transpose(0, 1)  # (n,1,D)
-        for i, ways in enumerate(layer.layers):
+        for i, directions in enumerate(layer.layers):
             outs = []
-            for r in range(layer.ways):
-                way, start = ways[min(r, len(ways) - 1)], h0[i * layer.ways + r, b : b + 1]
-                w = way.norm(way.w(y.flip(0) if r else y)) if n else y.new_zeros(0, 1, 2 * layer.hidden_size)
-                h = recurrence(w, way.u, start, None, None, way.gain, way.bias, cell=layer.cell, activation=layer.activation)
+            for r in range(layer.num_directions):
+                direction, start = directions[min(r, len(directions) - 1)], h0[i * layer.num_directions + r, b : b + 1]
+                w = direction.norm(direction.w(y.flip(0) if r else y)) if n else y.new_zeros(0, 1, 2 * layer.hidden_size)
+                h = recurrence(w, direction.u, start, None, None, direction.gain, direction.bias, cell=layer.cell, activation=layer.activation)
                 last.append(h[-1] if n else start)
                 outs.append(h.flip(0) if r else h)
             y = torch.cat(outs, -1)
@@ -236,13 +236,13 @@ def test_layers_with_padding_are_each_utterance_by_hand(kind, normalization, sha
     x[torch.arange(12) >= lengths[:, None]] = torch.nan
     found = []
     for run in (lambda x, h: layer(x, h, lengths), lambda x, h: by_hand(layer, x, h, lengths)):
-        given = x.clone().requires_grad_(), torch.linspace(-1, 1, layer.num_layers * layer.ways * 20, dtype=torch.double).view(-1, 4, 5).requires_grad_()
+        given = x.clone().requires_grad_(), torch.linspace(-1, 1, layer.num_layers * layer.num_directions * 20, dtype=torch.double).view(-1, 4, 5).requires_grad_()
         y, h_n = run(*given)
         total = (y * torch.arange(y.numel()).view_as(y).sin()).sum() + (h_n * torch.arange(h_n.numel()).view_as(h_n).cos()).sum()
         grads = torch.autograd.grad(total, [*given, *layer.parameters()])
         found.append([y, h_n, *grads])
     assert y[1, 7:].eq(0).all() and grads[0][1, 7:].eq(0).all()
-    for mine, true in zip(*found):
+    for mine, true in zip(*found, strict=True):
         assert near(mine, true, 1e-11)
 
 
@@ -275,7 +275,7 @@ def test_nan_in_padding_moves_nothing(kind, training):
         (y.sum() + h_n.square().sum()).backward()
         found.append([y, h_n, given.grad, *(p.grad for p in one.parameters()), *one.buffers()])
     for other in found[1:]:
-        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found[0], other))
+        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found[0], other, strict=True))
 
 
 @both_kinds
@@ -321,7 +321,7 @@ def test_recomputing_changes_nothing(kind, shape):
         y, h_n = layer(x, None, torch.tensor([10, 4, 1]))
         (y.square().sum() + h_n.sum()).backward()
         found.append([y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
-    assert all(near(a, b) for a, b in zip(*found))
+    assert all(near(a, b) for a, b in zip(*found, strict=True))
 
 
 @both_kinds

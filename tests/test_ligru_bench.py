@@ -1,4 +1,4 @@
-"""The bench by turns and the small recogniser, end to end at sizes of seconds."""
+"""The interleaved bench and the small recogniser, end to end at sizes of seconds."""
 import json
 
 import pandas as pd
@@ -9,7 +9,7 @@ from essl_nb.core.files import read_lines
 from essl_nb.core.registry import EsslError
 from essl_nb.data.corpus import load_corpus
 from essl_nb.costs import recurrent as b
-from essl_nb.probes.recognise import CELLS, BothWays, SmallRecogniser, equal_units, parameters, recognise, recognition_rows, recognition_table
+from essl_nb.probes.recognise import CELLS, BothDirections, SmallRecogniser, equal_units, parameters, recognise, recognition_rows, recognition_table
 
 SMALL = b.Shape(1, 1, 24, 2, 12)
 
@@ -39,8 +39,12 @@ def test_table_and_growth_read_the_rows(rows):
     loaded = b.load_bench(rows)
     table = b.bench_table(loaded)
     assert len(table) == 3 and list(table.columns) == ["LiGRU, ms", "GRU", "floor"] and (table > 0).all().all()
-    grown = b.growth(loaded)
+    grown = b.growth_exponents(loaded)
     assert set(grown.name) == {"LiGRU", "GRU", "floor"} and grown.exponent.notna().all()
+
+
+def test_shown_names_are_of_contestants():
+    assert set(b.SHOWN_NAMES) < set(b.CONTESTANTS) and not set(b.SHOWN_NAMES.values()) & set(b.CUDA_CONTESTANTS)
 
 
 def test_slow_contestants_stay_out_and_the_row_says_so(tmp_path):
@@ -49,11 +53,11 @@ def test_slow_contestants_stay_out_and_the_row_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("which", b.PASSES)
-def test_the_floor_lies_where_it_is_told(which):
+def test_the_lower_bound_is_on_its_device(which):
     shape = b.Shape(2, 2, 6, 3, 8)
-    floor = b.Floor(shape, "meta", torch.bfloat16)
-    floor.run(which)  # products of matrices in two places would raise
-    held = [t for v in vars(floor).values() for pair in (v if isinstance(v, list) else [(v,)]) for t in pair if isinstance(t, torch.Tensor)]
+    bound = b.LowerBound(shape, "meta", torch.bfloat16)
+    bound.run(which)  # products of matrices in two places would raise
+    held = [t for v in vars(bound).values() for pair in (v if isinstance(v, list) else [(v,)]) for t in pair if isinstance(t, torch.Tensor)]
     assert len(held) == 12 and {(t.device.type, t.dtype) for t in held} == {("meta", torch.bfloat16)}
     assert set(b.CONTESTANTS) <= set(b.CUDA_CONTESTANTS)
 
@@ -68,11 +72,11 @@ def test_a_figure_mixes_no_machines(rows):
         bench_figure(pd.concat([loaded, loaded.assign(machine="another machine")]), **point)
 
 
-@pytest.mark.parametrize("form", ["eager", "scripted", "unbound"])
-def test_forms_of_speechbrains_layer_give_the_same(form):
+@pytest.mark.parametrize("version", ["eager", "scripted", "patched"])
+def test_versions_of_speechbrains_layer_give_the_same(version):
     torch.manual_seed(0)
     shape, x = b.Shape(1, 2, 6, 3, 8), torch.randn(3, 8, 6)
-    plain, other = b.speechbrains(shape), b.speechbrains(shape, form)
+    plain, other = b.speechbrains(shape), b.speechbrains(shape, version)
     other.load_state_dict(plain.state_dict())
     assert torch.allclose(plain(x)[0], other(x)[0], atol=1e-6)
 
@@ -121,7 +125,7 @@ def test_a_recogniser_hears_each_utterance_alone(cell):
 
 def test_torchs_layers_leave_zeros_in_the_padding():
     x, lengths = torch.randn(2, 6, 3), torch.tensor([6, 2])
-    assert BothWays(torch.nn.LSTM, 3, 4, 2)(x, lengths)[0][1, 2:].eq(0).all()
+    assert BothDirections(torch.nn.LSTM, 3, 4, 2)(x, lengths)[0][1, 2:].eq(0).all()
 
 
 @pytest.fixture(scope="module")

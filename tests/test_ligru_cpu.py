@@ -12,7 +12,7 @@ from llvmlite import binding, ir
 from essl_nb.core.registry import EsslError
 from essl_nb.ligru import cell as reference
 from essl_nb.ligru.cpu import backend as cpu, loop, product, threads
-from essl_nb.ligru.cpu.product import multiply, pack
+from essl_nb.ligru.cpu.product import multiply, pack_panels
 
 DOUBLE = torch.double
 SHAPES = [(8, 1, 1, 1), (9, 1, 33, 1), (11, 2, 64, 1), (8, 33, 50, 1), (13, 5, 129, 2), (10, 17, 200, 3), (40, 3, 96, 1)]  # T, B, H, threads
@@ -30,15 +30,20 @@ def problem(T, B, H, dtype=DOUBLE, *, cell="ligru", seed=0, batch_first=False):
 
 
 def run(module, given, grad, **kw):
-    "States and all gradients."
+    "States and all gradients, by name; without those that there are none of."
     hs, kept = module.forward(*given, **kw)
-    _, u, h0, drop, lengths, gain, _ = given
-    return [hs, *module.backward(grad, u, h0, drop, lengths, gain, hs, kept, **kw)]
+    found = module.backward(grad, *given[1:], hs, kept, **kw)
+    return {"states": hs} | {name: g for name, g in found._asdict().items() if g is not None}
 
 
 def furthest(mine, truth):
     "Greatest difference, relative to the largest value of each tensor."
-    return max(((a - b).abs().max() / (1 + b.abs().max())).item() for a, b in zip(mine, truth) if b is not None and b.numel())
+    assert mine.keys() == truth.keys()
+    return max(((mine[k] - b).abs().max() / (1 + b.abs().max())).item() for k, b in truth.items() if b.numel())
+
+
+def equal(mine, truth):
+    return mine.keys() == truth.keys() and all(torch.equal(mine[k], b) for k, b in truth.items())
 
 
 @pytest.mark.parametrize("cell", reference.CELLS)
@@ -65,8 +70,9 @@ def test_both_orders_of_memory_give_the_same(cell):
     given, grad = problem(12, 5, 70, cell=cell)
     other = [given[0].transpose(0, 1).contiguous().transpose(0, 1), *given[1:]]
     first, second = run(cpu, given, grad, cell=cell), run(cpu, other, grad, cell=cell)
-    assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2])) and furthest(second, first) < 1e-14
-    assert first[0].is_contiguous() and second[0].transpose(0, 1).is_contiguous()
+    assert torch.equal(first["states"], second["states"]) and torch.equal(first["wx"], second["wx"])
+    assert furthest(second, first) < 1e-14
+    assert first["states"].is_contiguous() and second["states"].transpose(0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize("cell", reference.CELLS)
@@ -76,8 +82,7 @@ def test_what_stands_in_the_padding_does_not_matter(cell):
     pad = torch.arange(10)[:, None] >= given[4]
     given[0] = given[0].clone().masked_fill(pad[..., None], float("nan"))
     dirty = run(cpu, given, grad, cell=cell)
-    assert all(torch.equal(a, b) for a, b in zip(clean, dirty) if a is not None)
-    assert dirty[1][pad].eq(0).all()
+    assert equal(dirty, clean) and dirty["wx"][pad].eq(0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=["nan", "inf", "-inf"])
@@ -96,8 +101,8 @@ def test_nan_and_inf_stay_in_their_utterance(activation, value):
 def test_gates_far_out_are_open_or_closed():
     wx = torch.zeros(8, 1, 2 * 16)
     wx[..., 16:] = torch.tensor([-1e4, 1e4]).repeat(8)
-    hs, (gates,) = cpu.forward(wx, torch.zeros(32, 16), torch.ones(1, 16))
-    assert hs[-1, 0].tolist() == [0.0, 1.0] * 8 and gates.isfinite().all()
+    hs, kept = cpu.forward(wx, torch.zeros(32, 16), torch.ones(1, 16))
+    assert hs[-1, 0].tolist() == [0.0, 1.0] * 8 and kept.gates.isfinite().all() and kept.xhat is kept.rstd is None
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.int64], ids=str)
@@ -127,25 +132,25 @@ def test_two_callers_at_once():
         c.start()
     for c in callers:
         c.join()
-    assert all(torch.equal(a, b) for got in found.values() for a, b in zip(got, truth) if b is not None)
+    assert all(equal(got, truth) for got in found.values())
 
 
-def test_threads_of_python_give_what_torchs_do(monkeypatch):
+def test_pythons_threads_give_what_openmps_do(monkeypatch):
     given, grad = problem(30, 4, 256, torch.float, cell="sligru")
     truth = run(cpu, given, grad, cell="sligru", threads=3)
-    monkeypatch.setattr(threads, "openmp", lambda: None)
-    assert threads.entry(3) == 0
-    assert all(torch.equal(a, b) for a, b in zip(run(cpu, given, grad, cell="sligru", threads=3), truth) if b is not None)
+    monkeypatch.setattr(threads, "openmp_library", lambda: None)
+    assert threads.openmp_entry(3) == 0
+    assert equal(run(cpu, given, grad, cell="sligru", threads=3), truth)
 
 
-@pytest.mark.skipif(threads.openmp() is None, reason="torch has no OpenMP library of GCC's here")
+@pytest.mark.skipif(threads.openmp_library() is None, reason="torch has no OpenMP library of GCC's here")
 @pytest.mark.parametrize("setting, trusted", [({}, True), ({"OMP_THREAD_LIMIT": "1"}, False), ({"OMP_DYNAMIC": "true"}, False), ({"OMP_NUM_THREADS": "1"}, True)], ids=str)
 def test_openmp_is_asked_only_where_it_gives_all_threads(setting, trusted):
     code = """
 import torch
 from essl_nb.ligru.cpu import backend as cpu, threads
 hs, _ = cpu.forward(torch.randn(9, 2, 256), torch.randn(256, 128), torch.zeros(2, 128), threads=2)
-print(bool(threads.entry(2)), hs.isfinite().all().item())
+print(bool(threads.openmp_entry(2)), hs.isfinite().all().item())
 """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
     found = subprocess.run([sys.executable, "-c", code], env=clean | setting, capture_output=True, text=True, timeout=120)
@@ -154,13 +159,13 @@ print(bool(threads.entry(2)), hs.isfinite().all().item())
 
 def in_worker(queue):
     given, grad = problem(20, 3, 128, torch.float)
-    queue.put([t.double().sum().item() for t in run(cpu, given, grad, threads=2) if t is not None])
+    queue.put([t.double().sum().item() for t in run(cpu, given, grad, threads=2).values()])
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork here")
 def test_forked_workers_after_the_parent_has_run():
     given, grad = problem(20, 3, 128, torch.float)
-    here = [t.double().sum().item() for t in run(cpu, given, grad, threads=2) if t is not None]
+    here = [t.double().sum().item() for t in run(cpu, given, grad, threads=2).values()]
     torch.mm(torch.randn(300, 300), torch.randn(300, 300))  # torch's own threads have run as well
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -176,7 +181,7 @@ def test_forked_workers_after_the_parent_has_run():
 @pytest.mark.parametrize("B", range(1, 12))
 def test_product_at_every_number_of_rows(B):
     a, weights = torch.randn(3 * B, 37), torch.randn(37, 61)
-    packed = pack(weights)
+    packed = pack_panels(weights)
     out = torch.empty(B, packed.shape[0] * packed.shape[2])
     multiply(out.numpy(), a.numpy(), 1, 3, packed.numpy(), 61, B & 1)
     assert torch.allclose(out[:, :61], a[1::3] @ weights, atol=1e-4)
@@ -198,7 +203,7 @@ def assembly_on(triple, features, arguments, write, monkeypatch):
         target = binding.Target.from_triple(triple)
     except RuntimeError:
         pytest.skip(f"this LLVM has no {triple}")
-    monkeypatch.setattr(product, "VECTOR", {"+neon": 16, "+avx2,+fma": 32, "+avx512f": 64}[features])
+    monkeypatch.setattr(product, "VECTOR_BYTES", {"+neon": 16, "+avx2,+fma": 32, "+avx512f": 64}[features])
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "tested")
     builder = ir.IRBuilder(function.append_basic_block())
@@ -213,7 +218,9 @@ def assembly_on(triple, features, arguments, write, monkeypatch):
 def test_tile_is_vector_code_on_other_processors(triple, features, instruction, real, monkeypatch):
     "Assembly of one tile: fused multiply-adds on vectors, and no call of a library."
     p = real.as_pointer()
-    assembly = assembly_on(triple, features, [p, product.INT64, p, product.INT64, p, product.INT64], lambda b, args: product.product_tile(b, real, 4, 3, *args), monkeypatch)
+    arguments = [p, product.INT64, p, product.INT64, p, product.INT64]
+    write = lambda b, args: product.micro_kernel(b, real, 4, 3, *args)
+    assembly = assembly_on(triple, features, arguments, write, monkeypatch)
     assert instruction in assembly and "\tcall" not in assembly and "\tbl\t" not in assembly
 
 
@@ -221,6 +228,7 @@ def test_tile_is_vector_code_on_other_processors(triple, features, instruction, 
 @REALS
 def test_formulas_are_vector_code_on_other_processors(triple, features, instruction, real, monkeypatch):
     "Assembly of a gate: the exponential is arithmetic on vectors, and no call of a library."
-    formula = lambda x, h: [h / (1 + product.exponential(0 - x)), loop.curves("tanh")[0](x)]
-    assembly = assembly_on(triple, features, [product.INT64, *[real.as_pointer()] * 4], lambda b, args: product.unit_loop(b, real, formula, args[0], list(args[1:])), monkeypatch)
+    formula = lambda x, h: [h / (1 + product.vector_exp(0 - x)), loop.activation_formulas("tanh")[0](x)]
+    write = lambda b, args: product.elementwise_loop(b, real, formula, args[0], list(args[1:]))
+    assembly = assembly_on(triple, features, [product.INT64, *[real.as_pointer()] * 4], write, monkeypatch)
     assert instruction in assembly and "\tcall" not in assembly and "\tbl\t" not in assembly

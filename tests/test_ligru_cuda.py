@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
-from essl_nb.ligru import cell, custom_op as operator
+from essl_nb.ligru import cell, custom_op as operator, layer as layers
 from essl_nb.ligru.gpu import backend as cuda
-from essl_nb.ligru.gpu.backend import A100, H100, Plan
-from essl_nb.ligru.gpu.persistent import Form, pack_weights
+from essl_nb.ligru.gpu.launch_plan import A100, H100, Plan
+from essl_nb.ligru.gpu.tile import KernelShape, pack_weights
 from essl_nb.ligru.layer import LiGRU, SLiGRU
 
 NONE = replace(A100, name="a GPU without registers", registers=0)
 PLANS = cuda.plan_on
-ALL = ("wx", "u", "h0", "gain", "bias")
 
 
 @pytest.fixture(autouse=True)
@@ -45,18 +44,23 @@ def problem(H, B, T, R=1, name="ligru", activation="relu", device="cpu", lengths
     return x
 
 
+JOIN = {"wx": lambda v: torch.cat(v, 1), "u": torch.stack, "h0": torch.cat, "gain": torch.stack, "bias": torch.stack} # of directions
+
+
 def truth(x):
-    "States and all gradients by autograd through the plain loop in float64."
+    "States, and all gradients by name, by autograd through the plain loop in float64."
     hs, found = [], []
     for r in range(x.R):
         q = slice(r * x.B, (r + 1) * x.B)
-        a = [v.double().requires_grad_() for v in (torch.nan_to_num(x.wx[:, q]), x.u[r], x.h0[q], *([x.gain[r], x.bias[r]] if x.gain is not None else []))]
-        norm = a[3:] or (None, None)
-        h = cell.recurrence(*a[:3], None if x.drop is None else x.drop[q].double(), None if x.lengths is None else x.lengths[q], *norm, cell=x.name, activation=x.activation)
+        own = dict(wx=torch.nan_to_num(x.wx[:, q]), u=x.u[r], h0=x.h0[q])
+        own |= {} if x.gain is None else dict(gain=x.gain[r], bias=x.bias[r])
+        a = {name: v.double().requires_grad_() for name, v in own.items()}
+        drop, lengths = (None if v is None else v[q] for v in (x.drop, x.lengths))
+        kw = dict(drop=None if drop is None else drop.double(), lengths=lengths, cell=x.name, activation=x.activation)
+        h = cell.recurrence(**a, **kw)
         hs.append(h.detach())
-        found.append(torch.autograd.grad(h, a, x.grad[:, q].double()))
-    join = (lambda v: torch.cat(v, 1), torch.stack, torch.cat, torch.stack, torch.stack)
-    return torch.cat(hs, 1), [f(list(v)) for f, v in zip(join, zip(*found))]
+        found.append(dict(zip(a, torch.autograd.grad(h, list(a.values()), x.grad[:, q].double()), strict=True)))
+    return torch.cat(hs, 1), {name: JOIN[name]([f[name] for f in found]) for name in found[0]}
 
 
 def both_ways(x, engine, precision="fp32", recompute=False):
@@ -64,9 +68,19 @@ def both_ways(x, engine, precision="fp32", recompute=False):
     kw = dict(cell=x.name, activation=x.activation, precision=precision, engine=engine)
     hs, kept = cuda.forward(x.wx, x.u, x.h0, x.drop, x.lengths, x.gain, x.bias, recompute=recompute, **kw)
     if recompute:
-        assert kept == ()
+        assert kept == cell.Kept()
         kept = cuda.remake(x.wx, x.u, x.h0, x.gain, x.bias, hs, cell=x.name, activation=x.activation, precision=precision)
-    return hs, kept, cuda.backward(x.grad, x.u, x.h0, x.drop, x.lengths, x.gain, hs, kept, **kw)
+    return hs, kept, cuda.backward(x.grad, x.u, x.h0, x.drop, x.lengths, x.gain, x.bias, hs, kept, **kw)
+
+
+def named(grads):
+    return {name: g for name, g in grads._asdict().items() if g is not None}
+
+
+def same(a, b):
+    "Are these the same gradients, to the last bit?"
+    a, b = named(a), named(b)
+    return a.keys() == b.keys() and all(torch.equal(g, b[name]) for name, g in a.items())
 
 
 def error(a, b):
@@ -78,10 +92,11 @@ def agree(x, found, tolerance):
     hs, _, grads = found
     true, wanted = truth(x)
     assert error(hs, true) < tolerance, "states"
-    for what, a, b in zip(ALL, grads, wanted):
-        assert error(a, b) < tolerance, what
+    assert named(grads).keys() == wanted.keys()
+    for name, true_one in wanted.items():
+        assert error(named(grads)[name], true_one) < tolerance, name
     if x.lengths is not None:
-        assert (grads[0][torch.arange(x.T, device=hs.device)[:, None] >= x.lengths] == 0).all()
+        assert (grads.wx[torch.arange(x.T, device=hs.device)[:, None] >= x.lengths] == 0).all()
 
 
 @pytest.fixture
@@ -89,10 +104,12 @@ def shaped(monkeypatch):
     "Make the plan take these warps and tiles, forwards and backwards (twice as many warps), and so many tiles of utterances at once."
     def shape(warps, tiles, at_once=99):
         def chosen(device, engine, hidden, batch, precision, directions=1, backward=False, keep=True, **kw):
-            form = Form(hidden, 2 * warps if backward else warps, tiles, precision, backward=backward, keep=keep or backward, **kw)
-            groups = -(-batch // form.rows)
+            count = 2 * warps if backward else warps
+            shape = KernelShape(hidden, count, tiles, precision, backward=backward, keep=keep or backward, **kw)
+            groups = -(-batch // shape.rows)
             launches = -(-groups // min(groups, at_once))
-            return Plan("persistent", form, (form.blocks, -(-groups // launches), directions), launches, 0, 0, 0, 0, "")
+            grid = shape.blocks, -(-groups // launches), directions
+            return Plan("persistent", shape, grid, launches, 0, 0, 0, 0, "")
 
         monkeypatch.setattr(cuda, "plan_on", chosen)
 
@@ -101,7 +118,7 @@ def shaped(monkeypatch):
 
 def test_the_simulator_rounds_as_bfloat16_does():
     x = torch.cat([torch.randn(200), 1 + torch.arange(64) / 512, torch.tensor([0.0, -0.0, 3e38, 1e-40])]).view(-1, 2)
-    words = torch.tensor([int(cudasim.pack(*row)) for row in x.numpy()], dtype=torch.int32)
+    words = torch.tensor([int(cudasim.pack_bf16x2(*row)) for row in x.numpy()], dtype=torch.int32)
     assert torch.equal(words.view(torch.bfloat16), x.bfloat16().flatten())
 
 
@@ -128,7 +145,7 @@ def test_the_order_of_threads_does_not_matter(shaped):
     x = problem(20, 3, 3, name="sligru", activation="tanh")
     first, *others = [both_ways(x, cudasim.Simulator(H100, seed)) for seed in (None, 0, 1)]
     for other in others:
-        assert torch.equal(first[0], other[0]) and all(torch.equal(a, b) for a, b in zip(first[2], other[2]))
+        assert torch.equal(first[0], other[0]) and same(first[2], other[2])
 
 
 SHAPES = { # hidden, batch, frames, directions, warps, tiles, tiles of utterances at once
@@ -157,7 +174,9 @@ def test_float32_is_the_truth_for_every_activation(shaped, name, activation):
     again = both_ways(x, engine, recompute=True)
     agree(x, again, 1e-5)
     real = slice(None) if x.lengths is None else torch.arange(x.T)[:, None] < x.lengths
-    assert all(error(a[real], b[real]) < 1e-5 for a, b in zip(again[1], found[1]))
+    for name, kept in found[1]._asdict().items():
+        remade = getattr(again[1], name)
+        assert (kept is None) == (remade is None) and (kept is None or error(remade[real], kept[real]) < 1e-5), name
 
 
 def test_without_mask_lengths_gain_and_a_direction_of_its_own(shaped):
@@ -166,10 +185,11 @@ def test_without_mask_lengths_gain_and_a_direction_of_its_own(shaped):
     x.gain = x.bias = None
     kw = dict(cell="sligru", activation="relu", engine=cudasim.Simulator(H100))
     hs, kept = cuda.forward(x.wx, x.u[0], x.h0, **kw)
-    grads = cuda.backward(x.grad, x.u[0], x.h0, None, None, None, hs, kept, **kw)
+    grads = named(cuda.backward(x.grad, x.u[0], x.h0, None, None, None, None, hs, kept, **kw))
     true, kept = cell.forward(x.wx, x.u[0], x.h0, cell="sligru")
-    wanted = cell.backward(x.grad, x.u[0], x.h0, None, None, None, true, kept, cell="sligru")
-    assert error(hs, true) < 1e-5 and all(a.shape == b.shape and error(a, b) < 1e-5 for a, b in zip(grads, wanted))
+    wanted = named(cell.backward(x.grad, x.u[0], x.h0, None, None, None, None, true, kept, cell="sligru"))
+    assert error(hs, true) < 1e-5 and grads.keys() == wanted.keys() == {"wx", "u", "h0"}
+    assert all(grads[k].shape == b.shape and error(grads[k], b) < 1e-5 for k, b in wanted.items())
 
 
 def test_bfloat16_in_is_bfloat16_out_and_its_products_are(shaped):
@@ -178,8 +198,8 @@ def test_bfloat16_in_is_bfloat16_out_and_its_products_are(shaped):
     for k in ("wx", "u", "h0", "drop", "gain", "bias", "grad"):
         setattr(x, k, getattr(x, k).bfloat16())
     found = both_ways(x, engine, None)
-    assert {t.dtype for t in (found[0], *found[1], *found[2])} == {torch.bfloat16}
-    assert {form.precision for _, form, *_ in engine.launched} == {"bf16"}
+    assert {t.dtype for t in (found[0], *found[1], *found[2]) if t is not None} == {torch.bfloat16}
+    assert {shape.precision for _, shape, *_ in engine.launched} == {"bf16"}
     agree(x, found, 0.1)
 
 
@@ -199,11 +219,12 @@ def test_directions_may_share_a_gain(shaped):
     x = problem(9, 2, 3, 2, name="sligru")
     x.gain = x.bias = None
     one = torch.rand(18) + 0.5
-    apart, together = [], []
-    for out, gain in ((apart, one.expand(2, -1)), (together, one)):
-        x.gain = gain
-        out += both_ways(x, cudasim.Simulator(H100))[2]
-    assert apart[3].shape == (2, 18) and together[3].shape == (18,) and error(together[3], apart[3].sum(0)) < 1e-6 and error(together[4], apart[4].sum(0)) < 1e-6
+    x.gain, x.bias = one.expand(2, -1), one.expand(2, -1)
+    separate = both_ways(x, cudasim.Simulator(H100))[2]
+    x.gain = x.bias = one
+    shared = both_ways(x, cudasim.Simulator(H100))[2]
+    assert separate.gain.shape == separate.bias.shape == (2, 18) and shared.gain.shape == shared.bias.shape == (18,)
+    assert error(shared.gain, separate.gain.sum(0)) < 1e-6 and error(shared.bias, separate.bias.sum(0)) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -214,7 +235,7 @@ def test_bfloat16_rounds_the_factors_of_the_product_and_nothing_else(shaped, nam
     shaped(*rest)
     x, round16 = problem(H, B, T, R, name, activation), lambda v: v.bfloat16().double()
     engine, f, rows = cudasim.Simulator(H100), cell.ACTIVATIONS[activation], lambda v: v.view(T, R, B, -1)
-    hs, kept, (dwx, du, dh0, *norm) = both_ways(x, engine, "bf16")
+    hs, kept, grads = both_ways(x, engine, "bf16")
     dp = [args["dp" if name == "sligru" else "dwx"] for kernel, _, _, args in engine.launched if kernel == "backward_kernel"][-1]
     before = torch.cat([x.h0[None], hs[:-1]])
     real = torch.arange(T)[:, None, None] < x.lengths[:, None]
@@ -233,18 +254,18 @@ def test_bfloat16_rounds_the_factors_of_the_product_and_nothing_else(shaped, nam
         keep = 0 if t == T - 1 else torch.where(real[t + 1], D[t + 1] * z[t + 1], D[t + 1])
         D[t] = x.grad[t] + keep + through[t]
     dG = torch.where(real, torch.cat([D[:-1] * (1 - z) * slope, D[:-1] * (before - c) * z * (1 - z)], -1), 0)
-    assert error(dwx, dG) < 1e-5
+    assert error(grads.wx, dG) < 1e-5
     if name == "sligru":
         y = dG * each(x.gain)
         dP = rstd * (y - y.mean(-1, keepdim=True) - xhat * (y * xhat).mean(-1, keepdim=True))
-        assert error(dp, torch.where(real, dP, 0)) < 1e-5 and error(norm[1], rows(dG).sum((0, 2))) < 1e-5
-    assert error(du, torch.einsum("trbg,trbh->rgh", rows(dp.double()), rows(before.double()))) < 1e-5
-    agree(x, (hs, kept, (dwx, du, dh0, *norm)), 0.05)
+        assert error(dp, torch.where(real, dP, 0)) < 1e-5 and error(grads.bias, rows(dG).sum((0, 2))) < 1e-5
+    assert error(grads.u, torch.einsum("trbg,trbh->rgh", rows(dp.double()), rows(before.double()))) < 1e-5
+    agree(x, (hs, kept, grads), 0.05)
 
 
 @pytest.mark.parametrize("name,activation,recompute", [("ligru", "relu", True), ("ligru", "sine", False), ("sligru", "tanh", False)])
 def test_frame_by_frame_is_the_truth(name, activation, recompute):
-    x = problem(37, 2, 5, 2, name, activation)  # pieces of 3 frames and of 2
+    x = problem(37, 2, 5, 2, name, activation)  # a graph of 3 frames, then 2 of them
     engine = cudasim.Simulator(NONE)
     agree(x, both_ways(x, engine, recompute=recompute), 1e-5)
     assert {kernel for kernel, *_ in engine.launched} == {"forward_frame", "backward_frame"}
@@ -255,8 +276,8 @@ def on_simulator(monkeypatch, precision=None):
     engine = cudasim.Simulator(H100)
     kw = dict(engine=engine) if precision is None else dict(engine=engine, precision=precision)
     module = SimpleNamespace(forward=partial(cuda.forward, **kw), backward=partial(cuda.backward, **kw), remake=cuda.remake)
-    told = {} if precision is None else dict(precision=precision)
-    monkeypatch.setattr(operator, "backend_of", lambda backend, x, u, threads, precision: (module, "cuda", told))
+    options = {} if precision is None else dict(precision=precision)
+    monkeypatch.setattr(operator, "backend_of", lambda backend, x, u, threads, precision: (module, "cuda", options))
     return engine
 
 
@@ -275,7 +296,7 @@ def test_layers_run_on_it(monkeypatch, kind, shared, launches, recompute, normal
 
     true, engine = run(), on_simulator(monkeypatch)
     if shared == "at once":
-        monkeypatch.setattr(kind, "both_at_once", lambda self, ways, x: len(ways) > 1)
+        monkeypatch.setattr(layers, "both_at_once", lambda layer, directions, x: len(directions) > 1)
     assert all(error(a, b) < 1e-5 for a, b in zip(run(), true)) and len(engine.launched) == launches
 
 
@@ -309,16 +330,17 @@ def test_types_that_the_kernels_do_not_have_go_to_the_plain_loop():
 def test_nothing_to_do():
     x = problem(9, 2, 0, 2, "sligru", lengths=False)
     hs, kept, grads = both_ways(x, cudasim.Simulator(H100))
-    assert hs.shape == (0, 4, 9) and grads[1].shape == x.u.shape and grads[3].shape == (2, 18) and all((g == 0).all() for g in grads)
+    assert hs.shape == (0, 4, 9) and grads.u.shape == x.u.shape and grads.gain.shape == (2, 18)
+    assert named(grads).keys() == {"wx", "u", "h0", "gain", "bias"} and all((g == 0).all() for g in named(grads).values())
 
 
 def test_every_weight_is_held_once():
     for backward in (False, True):
         for precision in ("bf16", "fp32"):
-            form = Form(21, 4, 1, precision, backward=backward)
+            shape = KernelShape(21, 4, 1, precision, backward=backward)
             u = (1 + torch.arange(2 * 21 * 21) % 251).float().view(1, 42, 21)  # exact in bfloat16
-            held = pack_weights(u, form)
-            assert len(held) == form.blocks * form.threads * form.held
+            held = pack_weights(u, shape)
+            assert len(held) == shape.blocks * shape.threads * shape.held
             numbers = held.view(torch.bfloat16) if precision == "bf16" else held
             assert numbers[numbers > 0].float().sort().values.tolist() == u.flatten().sort().values.tolist()
 
@@ -351,13 +373,14 @@ def agree_on_average(x, found, tolerance):
     wanted, double = [], lambda v: None if v is None else v.double()
     for r in range(x.R):
         q = slice(r * x.B, (r + 1) * x.B)
-        mask, ends, gain = (None if v is None else v[k] for v, k in ((x.drop, q), (x.lengths, q), (x.gain, r)))
-        own = tuple(torch.nan_to_num(k[:, q]).double() for k in kept)
-        wanted.append(cell.backward(x.grad[:, q].double(), x.u[r].double(), x.h0[q].double(), double(mask), ends, double(gain), hs[:, q].double(), own, cell=x.name, activation=x.activation))
-    join = (lambda v: torch.cat(v, 1), torch.stack, torch.cat, torch.stack, torch.stack)
-    for what, a, f, b in zip(ALL, grads, join, zip(*wanted)):
-        if a is not None:
-            assert distance(a, f(list(b))) < tolerance, what
+        mask, ends, gain, bias = (None if v is None else v[k] for v, k in ((x.drop, q), (x.lengths, q), (x.gain, r), (x.bias, r)))
+        own = cell.Kept(*(None if k is None else torch.nan_to_num(k[:, q]).double() for k in kept))
+        operands = x.u[r].double(), x.h0[q].double(), double(mask), ends, double(gain), double(bias)
+        found = cell.backward(x.grad[:, q].double(), *operands, hs[:, q].double(), own, cell=x.name, activation=x.activation)
+        wanted.append(named(found))
+    assert named(grads).keys() == wanted[0].keys()
+    for name, g in named(grads).items():
+        assert distance(g, JOIN[name]([w[name] for w in wanted])) < tolerance, name
 
 
 @pytest.mark.cuda
@@ -376,7 +399,7 @@ def test_all_kernels_on_a_gpu_are_the_truth(monkeypatch, name, activation, preci
     agree_on_average(x, found, tolerance)
     agree_on_average(x, both_ways(x, None, precision, recompute=True), tolerance)
     again = both_ways(x, None, precision)
-    assert torch.equal(found[0], again[0]) and all(a is b or torch.equal(a, b) for a, b in zip(found[2], again[2]))
+    assert torch.equal(found[0], again[0]) and same(found[2], again[2])
 
 
 def test_the_comparison_itself_in_the_simulator(shaped):
@@ -391,7 +414,7 @@ def test_the_comparison_itself_in_the_simulator(shaped):
 def test_autocast_takes_bfloat16_products_and_both_directions_at_once(monkeypatch):
     layer, x = LiGRU(64, 128, bidirectional=True, activation="tanh").eval().cuda(), torch.randn(4, 50, 64, device="cuda")
     launched, launch = [], cuda.Gpu.launch
-    monkeypatch.setattr(cuda.Gpu, "launch", lambda self, maker, form, *args: (launched.append(form.precision), launch(self, maker, form, *args)))
+    monkeypatch.setattr(cuda.Gpu, "launch", lambda self, maker, shape, *args: (launched.append(shape.precision), launch(self, maker, shape, *args)))
     y = layer(x)[0]
     with torch.autocast("cuda", torch.bfloat16):
         half = layer(x)[0]

@@ -62,7 +62,7 @@ def test_swapped_layers_take_every_option(kind, word, affine, bias):
     after = swap_ligru(copy.deepcopy(before), backend="reference" if word == "sin" else "auto", recompute=affine)
     x, hx = torch.randn(3, 20, 8, dtype=torch.double), torch.randn(4, 3, 24, dtype=torch.double)
     true, mine = results(before, x, hx), results(after, x, hx)
-    assert all(near(mine[n], true[n]) for n in true) and after.rnn[0].took.name == ("reference" if word == "sin" else "cpu")
+    assert all(near(mine[n], true[n]) for n in true) and after.rnn[0].backend_used.name == ("reference" if word == "sin" else "cpu")
 
 
 @both_kinds
@@ -94,7 +94,7 @@ def test_swapping_inside_a_model_changes_no_object(kind):
     assert all(near(a, b) for a, b in zip(after, before)) and heard == [1, 1, 1]
     sum(y.sum() for y in after).backward()
     assert heard[3:] == [2, 2, 2]
-    assert swap_ligru(model, backend="reference")["a"][1].rnn[0].took.name == "reference"  # again, with other settings
+    assert swap_ligru(model, backend="reference")["a"][1].rnn[0].backend_used.name == "reference"  # again, with other settings
     with pytest.raises(EsslError, match="holds 3 Light GRUs"):
         from_speechbrain(model.state_dict())
     assert from_speechbrain(model["c"]).num_layers == 2
@@ -116,7 +116,7 @@ def test_a_swapped_layer_can_be_scripted_copied_and_pickled(kind):
         true, mine = results(theirs, x), results(layer, x)
         assert all(near(mine[n], true[n], 1e-10) for n in true)
         assert near(layer.eval()(x)[0], theirs.eval()(x)[0], 1e-10)
-        assert make is torch.jit.script or layer.rnn[0].took.name == "cpu"
+        assert make is torch.jit.script or layer.rnn[0].backend_used.name == "cpu"
     with pytest.raises(EsslError, match="swap before torch.jit.script"):
         swap_ligru(nn.Sequential(torch.jit.script(before)))
 
@@ -321,7 +321,7 @@ def test_onnx_runtime_gives_the_same(kind, options, dtype, tolerance, tmp_path):
     there = runtime.InferenceSession(export_onnx(layer, tmp_path / "layer.onnx"), providers=["CPUExecutionProvider"])
     for lengths in ([12, 5, 1], [12], [12, 0]):
         B, lengths = len(lengths), torch.tensor(lengths)
-        x, h0 = torch.randn(B, 12, 7, dtype=dtype), torch.randn(layer.num_layers * layer.ways, B, 6, dtype=dtype)
+        x, h0 = torch.randn(B, 12, 7, dtype=dtype), torch.randn(layer.num_layers * layer.num_directions, B, 6, dtype=dtype)
         x[torch.arange(12) >= lengths[:, None]] = torch.nan
         x = x if layer.batch_first else x.transpose(0, 1).contiguous()
         found = there.run(None, {"x": x.numpy(), "h0": h0.numpy(), "lengths": lengths.numpy()})

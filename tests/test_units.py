@@ -108,12 +108,12 @@ def test_long_recordings_are_read_in_segments():
     segments = in_segments(long.store, long, 3.0)
     assert len(segments) == 12 and all(isinstance(s, Segment) and s.frames <= 300 for s in segments)
     assert [sum(p.frames for p in segments if p.whole is u) for u in long] == [1000] * 3
-    score = probe(Oracle(), "units", long, piece_seconds=3.0, **QUICK)
+    score = probe(Oracle(), "units", long, segment_seconds=3.0, **QUICK)
     assert score.n == 4 and score.settings["recordings"] == 1 and score.count < 500
     with pytest.raises(EsslError, match="one recording"):
         probe(Oracle(), "units", long, **QUICK)
     with pytest.raises(EsslError, match="1 to 600"):
-        probe(Oracle(), "units", long, piece_seconds=0.5, **QUICK)
+        probe(Oracle(), "units", long, segment_seconds=0.5, **QUICK)
 
 
 def test_the_command_scores_a_folder_of_plain_sound_with_its_baselines(folder, tmp_path, monkeypatch, capsys):

@@ -168,31 +168,33 @@ def clean(device: str) -> None:
 
 def compiling() -> None:
     "For sm_90, without a GPU: every kernel that the cases ask for, and the seconds that the compiler takes."
+    from dataclasses import replace
+
     from essl_nb.costs.gpu_cases import all_cases
-    from essl_nb.costs.gpu_kernels import gpu_code
+    from essl_nb.ligru.cell import CELLS
     from essl_nb.ligru.gpu.graph import backward_frame, forward_frame
+    from essl_nb.ligru.gpu.launch_plan import H100, plan_kernel
     from essl_nb.ligru.gpu.persistent import KERNELS, signature
     from essl_nb.ligru.gpu.ptx import device_words, to_ptx
 
-    code, words, took = gpu_code(), device_words(), {}
+    words, compiled = device_words(), {}  # kernel and shape → seconds
     for c in all_cases("cuda", "ab"):
-        cells = [c["cell"]] if "cell" in c else list(__import__("essl_nb.ligru.cell", fromlist=["CELLS"]).CELLS)
-        for cell in cells:
+        for cell in [c["cell"]] if "cell" in c else CELLS:
             for kw in (dict(), dict(keep=False), dict(backward=True)):
                 activation = c.get("activation", "relu")
-                limits = code.H100 if c.get("path") != "frames" else code.replace(code.H100, registers=0)
+                limits = H100 if c.get("path") != "frames" else replace(H100, registers=0)
                 how = dict(directions=c.get("directions", 2), cell=cell, activation=activation, **kw)
-                plan = code.plan(c["hidden"], c["batch"], c["precision"], limits, **how)
+                plan = plan_kernel(c["hidden"], c["batch"], c["precision"], limits, **how)
                 makers = KERNELS if plan.kind == "persistent" else {"forward": forward_frame, "backward": backward_frame}
-                maker = makers["backward" if plan.form.backward else "forward"]
-                if (maker, plan.form) in took:
+                maker = makers["backward" if plan.shape.backward else "forward"]
+                if (maker, plan.shape) in compiled:
                     continue
-                began, kernel = time.process_time(), maker(words, plan.form)
-                to_ptx(kernel, signature(kernel, plan.form), (9, 0), plan.form.bounds)
-                took[maker, plan.form] = seconds = time.process_time() - began
-                print(f"{c['step']} {maker.__name__:16} H {plan.form.hidden:5} {plan.form.warps:2} warps {plan.form.tiles} tiles "
-                      f"{plan.form.precision} {cell:6} {activation:10} {seconds:5.2f} s", flush=True)
-    print(f"{len(took)} kernels, {sum(took.values()):.0f} s of one core to PTX for sm_90, {max(took.values()):.1f} s the slowest")
+                began, kernel = time.process_time(), maker(words, plan.shape)
+                to_ptx(kernel, signature(kernel, plan.shape), (9, 0), plan.shape.bounds)
+                compiled[maker, plan.shape] = seconds = time.process_time() - began
+                print(f"{c['step']} {maker.__name__:16} H {plan.shape.hidden:5} {plan.shape.warps:2} warps {plan.shape.tiles} tiles "
+                      f"{plan.shape.precision} {cell:6} {activation:10} {seconds:5.2f} s", flush=True)
+    print(f"{len(compiled)} kernels, {sum(compiled.values()):.0f} s of one core to PTX for sm_90, {max(compiled.values()):.1f} s the slowest")
 
 
 class Worker:
@@ -213,8 +215,8 @@ class Worker:
         except OSError:
             pass  # it has ended; its closed output says so too
 
-    def heard(self) -> list | None: # messages; None: it has ended
-        "What it said since."
+    def messages(self) -> list | None: # messages; None: it has ended
+        "Its messages since the last call."
         try:
             data = self.process.stdout.read()
         except OSError:
@@ -273,15 +275,15 @@ def finite(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def told(case: dict) -> dict:
+def identity(case: dict) -> dict:
     "What a row says of its case."
     return {k: v for k, v in case.items() if k not in ("points", "seconds", "number", "alone", "tries")}
 
 
 def named(case: dict, point: dict | None = None) -> str:
     "A case in a line."
-    said = {k: v for k, v in {**told(case), **(point or {})}.items() if k not in ("step", "kind")}
-    return f"{case['step']} {case['kind']}: " + ", ".join(f"{k} {v}" for k, v in said.items())
+    shown = {k: v for k, v in {**identity(case), **(point or {})}.items() if k not in ("step", "kind")}
+    return f"{case['step']} {case['kind']}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
 
 
 class Run:
@@ -320,10 +322,10 @@ class Run:
         "The next message with one of these keys. Raises RuntimeError where none comes."
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            said = worker.heard()
-            if said is None:
+            sent = worker.messages()
+            if sent is None:
                 raise RuntimeError(f"the child ended with exit status {self.dismiss(worker, 5)}")
-            for message in said:
+            for message in sent:
                 if any(k in message for k in keys):
                     return message
             time.sleep(0.02)
@@ -342,7 +344,7 @@ class Run:
             self.watch()
             if self.mute > 2:
                 for case in self.todo:
-                    self.rows.add({**told(case), "dropped": "three children one after the other could not start"})
+                    self.rows.add({**identity(case), "dropped": "three children one after the other could not start"})
                 self.todo = []
 
     def drop(self, name: str) -> None:
@@ -351,7 +353,7 @@ class Run:
         for case in late:
             self.todo.remove(case)
             used = time.monotonic() - self.began
-            self.rows.add({**told(case), "points": len(case["points"]), "dropped": f"{used:.0f} s were used, and it is thought to take {case['seconds']:.0f} s more than step {name} had left"})
+            self.rows.add({**identity(case), "points": len(case["points"]), "dropped": f"{used:.0f} s were used, and it is thought to take {case['seconds']:.0f} s more than step {name} had left"})
 
     def hand_out(self) -> None:
         "Cases to the idle; the word to begin to one that is ready, where it may."
@@ -378,10 +380,10 @@ class Run:
                 wait.register(worker.process.stdout, selectors.EVENT_READ, worker)
             for key, _ in wait.select(0.1):
                 worker = key.data
-                said = worker.heard()
-                for message in said or ():
+                sent = worker.messages()
+                for message in sent or ():
                     self.take(worker, message)
-                if said is None and worker in self.workers:
+                if sent is None and worker in self.workers:
                     self.lost(worker, "its process ended", 5)
 
     def take(self, worker: Worker, message: dict) -> None:
@@ -394,7 +396,7 @@ class Run:
             worker.state, worker.until, worker.trying = "ready", math.inf, None
         elif "rows" in message:
             for row in message["rows"]:
-                self.rows.add({**told(worker.case), **worker.case["points"][message["point"]], **row})
+                self.rows.add({**identity(worker.case), **worker.case["points"][message["point"]], **row})
             worker.point, worker.trying = message["point"] + 1, None
         elif "point" in message and "failed" not in message:
             worker.point, worker.until = message["point"], self.allowed(worker.case)
@@ -417,7 +419,7 @@ class Run:
         again = self.without(worker, why) if lost else None
         point = case["points"][i] if i is not None and i < len(case["points"]) else {}
         if again is None:
-            self.rows.add({**told(case), **point, "failed": why})
+            self.rows.add({**identity(case), **point, "failed": why})
             rest = case["points"][i + 1 :] if i is not None else []
             again = {**case, "points": rest, "seconds": case["seconds"] * len(rest) / len(case["points"])} if rest else None
         print(f"{time.monotonic() - self.began:6.1f} s  FAILED {named(case, point)}: {why}", flush=True)
@@ -430,7 +432,7 @@ class Run:
         if name is None or len(case.get("without", ())) > 5:
             return None
         i = worker.point or 0
-        self.rows.add({**told(case), **case["points"][i], "name": name, "failed": why})
+        self.rows.add({**identity(case), **case["points"][i], "name": name, "failed": why})
         return {**case, "points": case["points"][i:], "without": [*case.get("without", ()), name]}
 
     def lost(self, worker: Worker, why: str, patience: float = 0.0) -> None:

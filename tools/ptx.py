@@ -10,10 +10,11 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
-from essl_nb.ligru.gpu.backend import A100, H100, plan, shared_bytes
 from essl_nb.ligru.gpu.graph import backward_frame, forward_frame
-from essl_nb.ligru.gpu.persistent import KERNELS, Form, report
+from essl_nb.ligru.gpu.launch_plan import A100, H100, plan_kernel, shared_bytes
+from essl_nb.ligru.gpu.persistent import KERNELS, assembler_report
 from essl_nb.ligru.gpu.ptx import find_ptxas
+from essl_nb.ligru.gpu.tile import KernelShape
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,14 +22,16 @@ ROOT = Path(__file__).resolve().parents[1]
 def rows():
     "Plan, compile, assemble."
     seen = set()
-    for limits, hidden, batch, precision, cell, backward in product((A100, H100), (256, 512, 768, 1024), (8, 16, 64), ("bf16", "fp32"), ("ligru", "sligru"), (False, True)):
-        p = plan(hidden, batch, precision, limits, cell=cell, backward=backward)
-        if p.kind == "persistent" and (p.form, limits) not in seen:
-            seen.add((p.form, limits))
-            (row,) = report(KERNELS["backward" if backward else "forward"], p.form, (limits.capability,))
-            yield row | dict(gpu=limits.name, batch=batch, estimate_us=round(p.frame_us, 2), shared_planned=shared_bytes(p.form))
+    sizes = product((256, 512, 768, 1024), (8, 16, 64))
+    kinds = product(("bf16", "fp32"), ("ligru", "sligru"), (False, True))
+    for limits, (hidden, batch), (precision, cell, backward) in product((A100, H100), sizes, kinds):
+        p = plan_kernel(hidden, batch, precision, limits, cell=cell, backward=backward)
+        if p.kind == "persistent" and (p.shape, limits) not in seen:
+            seen.add((p.shape, limits))
+            (row,) = assembler_report(KERNELS["backward" if backward else "forward"], p.shape, (limits.capability,))
+            yield row | dict(gpu=limits.name, batch=batch, estimate_us=round(p.frame_us, 2), shared_planned=shared_bytes(p.shape))
     for maker, cell in product((forward_frame, backward_frame), ("ligru", "sligru")):
-        yield from report(maker, Form(2048, precision="fp32", cell=cell))
+        yield from assembler_report(maker, KernelShape(2048, precision="fp32", cell=cell))
 
 
 if __name__ == "__main__":

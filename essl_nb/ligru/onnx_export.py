@@ -16,7 +16,9 @@ from .cell import LEAK, BatchNorm
 from .layer import LiGRU, SLiGRU
 
 OPSET = 18
-NODES = {"relu": ("Relu", {}), "leaky_relu": ("LeakyRelu", {"alpha": LEAK}), "tanh": ("Tanh", {}), "sine": ("Sin", {})} # activation → operator and attributes
+NODES = { # activation → operator and attributes
+    "relu": ("Relu", {}), "leaky_relu": ("LeakyRelu", {"alpha": LEAK}), "tanh": ("Tanh", {}), "sine": ("Sin", {}),
+}
 
 
 def load_onnx(): # the module; raises EsslError where it is not installed
@@ -24,7 +26,8 @@ def load_onnx(): # the module; raises EsslError where it is not installed
     try:
         import onnx
     except ImportError as missing:
-        raise EsslError(f"onnx cannot be imported ({missing}); exporting needs it: pip install 'essl_nb[export]'.") from missing
+        raise EsslError(f"onnx cannot be imported ({missing}); exporting needs it: "
+                        "pip install 'essl_nb[export]'.") from missing
     return onnx
 
 
@@ -35,7 +38,7 @@ class Graph:
         self.helper, self.numpy_helper = load_onnx().helper, load_onnx().numpy_helper
         self.nodes, self.constants, self.count, self.prefix = [], {}, 0, prefix
 
-    def __call__(self, op: str, *inputs, outputs: int | list = 1, **attributes): # names of the outputs; one name where there is one
+    def __call__(self, op: str, *inputs, outputs: int | list = 1, **attributes): # names; one where there is one
         "Append a node."
         names = outputs if isinstance(outputs, list) else [self.fresh(op) for _ in range(outputs)]
         self.nodes.append(self.helper.make_node(op, list(inputs), names, **attributes))
@@ -54,13 +57,14 @@ class Graph:
         return name
 
 # %% ../../nbs/ligru/05_onnx_export.ipynb #f0c708b4
-def loop_body(layer: LiGRU | SLiGRU, way, kind: int, prefix: str): # GraphProto
+def loop_body(layer: LiGRU | SLiGRU, direction, kind: int, prefix: str): # GraphProto
     "One frame: h (B,H), w (B,2H), t () → h', h'."
     onnx, H, g = load_onnx(), layer.hidden_size, Graph(prefix)
-    p = g("MatMul", "h", g.constant(way.u.mT, "u"))  # (B,2H)
+    p = g("MatMul", "h", g.constant(direction.u.mT, "u"))  # (B,2H)
     if layer.cell == "sligru":
-        one = torch.ones(2 * H, dtype=way.u.dtype, device=way.u.device)
-        gain, bias = (g.constant(t if t is not None else like, "recurrent_norm") for t, like in ((way.gain, one), (way.bias, 0 * one)))
+        one = torch.ones(2 * H, dtype=direction.u.dtype, device=direction.u.device)
+        gain = g.constant(one if direction.gain is None else direction.gain, "recurrent_norm")
+        bias = g.constant(0 * one if direction.bias is None else direction.bias, "recurrent_norm")
         p = g("LayerNormalization", p, gain, bias, axis=-1, epsilon=layer.eps)
     a, b = g("Split", g("Add", "w", p), g.constant([H, H]), outputs=2, axis=-1)
     op, attributes = NODES[layer.activation]
@@ -75,16 +79,19 @@ def loop_body(layer: LiGRU | SLiGRU, way, kind: int, prefix: str): # GraphProto
     return onnx.helper.make_graph(g.nodes, "frame", inputs, outputs, list(g.constants.values()))
 
 # %% ../../nbs/ligru/05_onnx_export.ipynb #b8583826
-def projection(g: Graph, way, x: str) -> str: # (T,B,2H)
+def projection(g: Graph, direction, x: str) -> str: # (T,B,2H)
     "N(W x), with the statistics of a batch norm folded into W."
-    weight, bias, norm = way.w.weight.double(), way.w.bias, way.norm
+    weight, bias, norm = direction.w.weight.double(), direction.w.bias, direction.norm
     bias = torch.zeros(len(weight), dtype=torch.double, device=weight.device) if bias is None else bias.double()
     if isinstance(norm, BatchNorm):
         scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
         weight, bias = weight * scale[:, None], (bias - norm.running_mean.double()) * scale + norm.bias.double()
-    y = g("Add", g("MatMul", x, g.constant(weight.to(way.u.dtype).mT, "w")), g.constant(bias.to(way.u.dtype), "bias"))
+    dtype = direction.u.dtype
+    y = g("MatMul", x, g.constant(weight.to(dtype).mT, "w"))
+    y = g("Add", y, g.constant(bias.to(dtype), "bias"))
     if isinstance(norm, torch.nn.LayerNorm):
-        y = g("LayerNormalization", y, g.constant(norm.weight, "gain"), g.constant(norm.bias, "shift"), axis=-1, epsilon=norm.eps)
+        gain, shift = g.constant(norm.weight, "gain"), g.constant(norm.bias, "shift")
+        y = g("LayerNormalization", y, gain, shift, axis=-1, epsilon=norm.eps)
     return y
 
 
@@ -96,17 +103,20 @@ def build_graph(layer: LiGRU | SLiGRU, g: Graph, kind: int) -> None:
     t = g("Range", g.constant(0), T, g.constant(1))  # (T,)
     real = g("Unsqueeze", g("Less", g("Unsqueeze", t, g.constant([1])), "lengths"), g.constant([2]))  # (T,B,1)
     nought = g.constant(torch.zeros((), dtype=next(layer.parameters()).dtype))
-    turn = lambda w: g("ReverseSequence", w, "lengths", time_axis=0, batch_axis=1)
+    reverse = lambda w: g("ReverseSequence", w, "lengths", time_axis=0, batch_axis=1)
     x, last = g("Where", real, x, nought), []
-    for i, ways in enumerate(layer.layers):
-        projected = [projection(g, way, x) for way in ways]
+    for i, directions in enumerate(layer.layers):
+        projected = [projection(g, direction, x) for direction in directions]
         outs = []
-        for r in range(layer.ways):
-            way, w = ways[min(r, len(ways) - 1)], projected[min(r, len(ways) - 1)]
-            start = g("Gather", "h0", g.constant(i * layer.ways + r), axis=0)  # (B,H)
-            end, hs = g("Scan", start, turn(w) if r else w, t, outputs=2, body=loop_body(layer, way, kind, f"layer{i}_way{r}_"), num_scan_inputs=2)
+        for r in range(layer.num_directions):
+            own = min(r, len(directions) - 1)
+            direction, w = directions[own], projected[own]
+            start = g("Gather", "h0", g.constant(i * layer.num_directions + r), axis=0)  # (B,H)
+            body = loop_body(layer, direction, kind, f"layer{i}_way{r}_")
+            w = reverse(w) if r else w
+            end, hs = g("Scan", start, w, t, outputs=2, body=body, num_scan_inputs=2)
             last.append(g("Unsqueeze", end, g.constant([0])))
-            outs.append(turn(hs) if r else hs)
+            outs.append(reverse(hs) if r else hs)
         y = outs[0] if len(outs) == 1 else g("Concat", *outs, axis=-1)
         x = g("Where", real, y, nought)  # (T,B,R·H)
     g("Transpose", x, outputs=["y"], perm=[1, 0, 2] if first else [0, 1, 2])
@@ -121,15 +131,19 @@ def export_onnx(
     onnx, dtype = load_onnx(), next(layer.parameters()).dtype
     kinds = {torch.float32: onnx.TensorProto.FLOAT, torch.float64: onnx.TensorProto.DOUBLE}
     if not isinstance(layer, (LiGRU, SLiGRU)) or dtype not in kinds:
-        raise EsslError(f"{type(layer).__name__} of {dtype} was given; a LiGRU or SLiGRU of float32 or float64 can be exported.")
+        raise EsslError(f"{type(layer).__name__} of {dtype} was given; "
+                        "a LiGRU or SLiGRU of float32 or float64 can be exported.")
     kind, g, info = kinds[dtype], Graph(), onnx.helper.make_tensor_value_info
     with torch.no_grad():
         build_graph(layer, g, kind)
-    axes, states = (["B", "T"] if layer.batch_first else ["T", "B"]), [layer.num_layers * layer.ways, "B", layer.hidden_size]
-    inputs = [info("x", kind, [*axes, layer.input_size]), info("h0", kind, states), info("lengths", onnx.TensorProto.INT64, ["B"])]
-    outputs = [info("y", kind, [*axes, layer.ways * layer.hidden_size]), info("h_n", kind, states)]
+    axes = ["B", "T"] if layer.batch_first else ["T", "B"]
+    states = [layer.num_layers * layer.num_directions, "B", layer.hidden_size]
+    inputs = [info("x", kind, [*axes, layer.input_size]), info("h0", kind, states)]
+    inputs.append(info("lengths", onnx.TensorProto.INT64, ["B"]))
+    outputs = [info("y", kind, [*axes, layer.num_directions * layer.hidden_size]), info("h_n", kind, states)]
     graph = onnx.helper.make_graph(g.nodes, type(layer).__name__, inputs, outputs, list(g.constants.values()))
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=9, producer_name="essl_nb")
+    opset = onnx.helper.make_opsetid("", OPSET)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9, producer_name="essl_nb")
     onnx.checker.check_model(model, full_check=True)
     path = Path(path)
     onnx.save(model, path)

@@ -26,7 +26,8 @@ from .cell import LEAK, drop_mask
 from .custom_op import BACKENDS, Choice, explain_backend, light_recurrence
 from .layer import LiGRU, SLiGRU
 
-ACTIVATION_NAMES = {"tanh": "tanh", "sin": "sine", "leaky_relu": "leaky_relu"} # SpeechBrain takes the rectifier for every other word
+# names of SpeechBrain → ours; it takes the rectifier for every other name
+ACTIVATION_NAMES = {"tanh": "tanh", "sin": "sine", "leaky_relu": "leaky_relu"}
 
 
 def their_classes() -> tuple: # of a LiGRU's layers, of an SLiGRU's; raises EsslError where SpeechBrain is not installed
@@ -34,7 +35,8 @@ def their_classes() -> tuple: # of a LiGRU's layers, of an SLiGRU's; raises Essl
     try:
         from speechbrain.nnet.RNN import LiGRU_Layer as theirs, SLiGRU_Layer as stabilised
     except ImportError as missing:
-        raise EsslError(f"SpeechBrain cannot be imported ({missing}); swapping its layers needs it: pip install 'speechbrain>=1.1'.") from missing
+        raise EsslError(f"SpeechBrain cannot be imported ({missing}); swapping its layers needs it: "
+                        "pip install 'speechbrain>=1.1'.") from missing
     return theirs, stabilised
 
 
@@ -48,22 +50,23 @@ def their_stacks() -> tuple:
 def mirrored_norm(
     norm: nn.Module, # the layer's
     w: Tensor, # (B,T,2H)
-    ways: int, # 2 where a mirrored copy would stand beside it
+    directions: int, # 2 where the batch would hold a mirrored copy too
 ) -> Tensor: # (B,T,2H)
-    "What the norm gives for a batch beside its mirrored copy, without the copy."
+    "What the norm gives for a batch that holds its mirrored copy too, without the copy."
     flat = w.flatten(0, 1)
     moves = norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    if not moves or ways == 1:
+    if not moves or directions == 1:
         return norm(flat).view(w.shape)
-    if type(norm) is not nn.BatchNorm1d or not norm.track_running_stats or len(flat) == 1 or norm._forward_hooks or norm._forward_pre_hooks:
+    plain = type(norm) is nn.BatchNorm1d and norm.track_running_stats
+    if not plain or len(flat) == 1 or norm._forward_hooks or norm._forward_pre_hooks:
         return norm(flat.repeat(2, 1))[: len(flat)].view(w.shape)
     n, mean, var = len(flat), torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
-    y = F.batch_norm(flat, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)  # momentum 1: mean and var of this batch
+    y = F.batch_norm(flat, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)  # momentum 1: those of this batch
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
-        share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(var * (2 * (n - 1) / (2 * n - 1)), share)
+        momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(var * (2 * (n - 1) / (2 * n - 1)), momentum)
     return y.view(w.shape)
 
 # %% ../../nbs/ligru/04_speechbrain_swap.ipynb #97ebc34e
@@ -99,7 +102,7 @@ def compilable(hook) -> bool:
 
 
 class Hooks(MutableMapping):
-    "A module's hooks, all of which are called (torch goes through `items`); `values`, which TorchScript compiles, are those that it can."
+    "A module's hooks: torch calls all (`items`), TorchScript compiles those that it can (`values`)."
 
     def __init__(self, hooks: dict):
         self.hooks = hooks  # the module's own, which the handles of its hooks refer to
@@ -137,24 +140,29 @@ class Scriptable:
             hooks = getattr(self, name)
             if lost := sum(not compilable(hook) for _, hook in hooks.items()):
                 setattr(self, name, hooks if isinstance(hooks, Hooks) else Hooks(hooks))
-                warnings.warn(f"{lost} hook(s) on {type(self).__name__} are lambdas, closures or other objects, which TorchScript cannot compile: the scripted copy is without them.", stacklevel=2)
+                warnings.warn(f"{lost} hook(s) on {type(self).__name__} are lambdas, closures or other objects, "
+                              "which TorchScript cannot compile: the scripted copy is without them.", stacklevel=2)
         return self
 
 # %% ../../nbs/ligru/04_speechbrain_swap.ipynb #2ca67af5
 @torch.jit.ignore
-def loop_in_python(w: torch.Tensor, u: torch.Tensor, h0: torch.Tensor, mask: Optional[torch.Tensor], gain: Optional[torch.Tensor], bias: Optional[torch.Tensor],
-    cell: str, activation: str, eps: float, recompute: bool, backend: str, threads: int) -> torch.Tensor: # w (B,T,2H) → (B,T,H)
+def loop_in_python(
+    w: torch.Tensor, u: torch.Tensor, h0: torch.Tensor, mask: Optional[torch.Tensor],
+    gain: Optional[torch.Tensor], bias: Optional[torch.Tensor],
+    cell: str, activation: str, eps: float, recompute: bool, backend: str, threads: int,
+) -> torch.Tensor: # w (B,T,2H) → (B,T,H)
     "The operator; TorchScript calls it in Python."
     mask = None if mask is None or mask.ndim < 2 else mask.to(u.dtype)
     kw = dict(cell=cell, activation=activation, eps=eps, recompute=recompute, backend=backend, threads=threads or None)
-    return light_recurrence(w.to(u.dtype).transpose(0, 1), u, h0.to(u.dtype).expand(len(w), -1), mask, None, gain, bias, **kw).transpose(0, 1)
+    w, h0 = w.to(u.dtype).transpose(0, 1), h0.to(u.dtype).expand(len(w), -1)
+    return light_recurrence(w, u, h0, mask, None, gain, bias, **kw).transpose(0, 1)
 
 
 class SwappedLiGRU(Scriptable):
     "What a layer of SpeechBrain's LiGRU or SLiGRU gets besides its own class: a fast loop with the same results."
-    __jit_unused_properties__ = ["took"]
+    __jit_unused_properties__ = ["backend_used", "took"]
 
-    def forward(self, x: torch.Tensor, hx: Optional[torch.Tensor] = None) -> torch.Tensor: # (B,T,D), (R·B,H) → (B,T,R·H)
+    def forward(self, x: torch.Tensor, hx: Optional[torch.Tensor] = None) -> torch.Tensor: # (B,T,D) → (B,T,R·H)
         "As SpeechBrain's forward, which TorchScript compiles, with another loop in it."
         if torch.jit.is_scripting():
             return self.their_forward(x, hx)
@@ -167,12 +175,14 @@ class SwappedLiGRU(Scriptable):
         if (why := obstacle(self)) is not None:
             warnings.warn(f"A layer of SpeechBrain runs in SpeechBrain's own loop: {why}.", stacklevel=2)
             return self.their_forward(x, hx)
-        ways, norm = 2 if self.bidirectional else 1, getattr(self, "layer_norm", None)
-        w = mirrored_norm(self.norm, self.w(x), ways)
-        w = w if ways == 1 else torch.cat([w, w.flip(1)])  # (R·B,T,2H)
+        directions, norm = 2 if self.bidirectional else 1, getattr(self, "layer_norm", None)
+        w = mirrored_norm(self.norm, self.w(x), directions)
+        w = w if directions == 1 else torch.cat([w, w.flip(1)])  # (R·B,T,2H)
         gain, bias = (None, None) if norm is None else (norm.weight, norm.bias)
-        hs = loop_in_python(w, self.u.weight, self.h_init if hx is None else hx, self.masks(w), gain, bias, self.kind, self.activation, self.eps, self.recompute, self.backend, self.threads)
-        if ways == 1:
+        start = self.h_init if hx is None else hx
+        hs = loop_in_python(w, self.u.weight, start, self.masks(w), gain, bias, self.kind, self.activation, self.eps,
+                            self.recompute, self.backend, self.threads)
+        if directions == 1:
             return hs
         ahead, back = hs.chunk(2)
         return torch.cat([ahead, back.flip(1)], -1)
@@ -190,12 +200,15 @@ class SwappedLiGRU(Scriptable):
 
     def extra_repr(self) -> str:
         "How the loop runs."
-        return f"exact_masks={self.exact_masks}, recompute={self.recompute}, backend={self.backend!r}, threads={self.threads or None}"
+        return (f"exact_masks={self.exact_masks}, recompute={self.recompute}, backend={self.backend!r}, "
+                f"threads={self.threads or None}")
 
     @property
-    def took(self) -> Choice: # name and why; raises EsslError where a backend was named that cannot run
+    def backend_used(self) -> Choice: # name and why; raises EsslError where a backend was named that cannot run
         "Which implementation of the loop runs."
         return explain_backend(self.backend, self.u.weight.device, self.u.weight.dtype)
+
+    took = backend_used # the name that it had in 0.1
 
     def __reduce_ex__(self, protocol):
         "A class that was made while the program ran is found again by the one it was made of."
@@ -208,7 +221,8 @@ class SwappedLight(SwappedLiGRU):
     def _ligru_cell(self, w, ht):
         "In the place of SpeechBrain's, where the layer is scripted."
         if torch.jit.is_scripting():
-            return loop_in_python(w, self.u.weight, ht, self._sample_drop_mask(w), None, None, self.kind, self.activation, self.eps, self.recompute, self.backend, self.threads)
+            return loop_in_python(w, self.u.weight, ht, self._sample_drop_mask(w), None, None, self.kind,
+                                  self.activation, self.eps, self.recompute, self.backend, self.threads)
         else:
             return self.theirs._ligru_cell(self, w, ht)
 
@@ -219,7 +233,9 @@ class SwappedStable(SwappedLiGRU):
     def _sligru_cell(self, w, ht):
         "In the place of SpeechBrain's, where the layer is scripted."
         if torch.jit.is_scripting():
-            return loop_in_python(w, self.u.weight, ht, self._sample_drop_mask(w), self.layer_norm.weight, self.layer_norm.bias, self.kind, self.activation, self.eps, self.recompute, self.backend, self.threads)
+            return loop_in_python(w, self.u.weight, ht, self._sample_drop_mask(w), self.layer_norm.weight,
+                                  self.layer_norm.bias, self.kind, self.activation, self.eps, self.recompute,
+                                  self.backend, self.threads)
         else:
             return self.theirs._sligru_cell(self, w, ht)
 
@@ -228,9 +244,11 @@ class SwappedStable(SwappedLiGRU):
 def swapped_class(theirs: type) -> type:
     "SpeechBrain's class of a layer with the fast loop."
     ours, walk = SwappedStable if hasattr(theirs, "_sligru_cell") else SwappedLight, theirs.forward
-    renamed = FunctionType(walk.__code__, walk.__globals__, "their_forward", walk.__defaults__, walk.__closure__)  # TorchScript goes by a function's own name
+    # TorchScript goes by a function's own name
+    renamed = FunctionType(walk.__code__, walk.__globals__, "their_forward", walk.__defaults__, walk.__closure__)
     renamed.__annotations__ = walk.__annotations__
-    return type(f"Swapped{theirs.__name__}", (ours, theirs), {"theirs": theirs, "their_forward": renamed, "__module__": __name__})
+    names = {"theirs": theirs, "their_forward": renamed, "__module__": __name__}
+    return type(f"Swapped{theirs.__name__}", (ours, theirs), names)
 
 
 def bare_layer(theirs: type) -> nn.Module: # to be filled
@@ -239,7 +257,7 @@ def bare_layer(theirs: type) -> nn.Module: # to be filled
 
 
 class SwappedStack(Scriptable):
-    "What SpeechBrain's LiGRU or SLiGRU, the stack of those layers, gets besides its own class: a form that TorchScript can compile."
+    "What SpeechBrain's stack of those layers gets besides its own class: a form that TorchScript can compile."
 
     def __reduce_ex__(self, protocol):
         "As for a layer: found again by the class it was made of."
@@ -266,22 +284,24 @@ def own_loop(layer: nn.Module, base: type) -> bool:
 def swap_ligru(
     model: nn.Module, # a model with SpeechBrain's LiGRU or SLiGRU in it, or one of these
     *,
-    exact_masks: bool = True, # dropout masks from SpeechBrain's own store; False: new ones for each batch, which is faster
+    exact_masks: bool = True, # dropout masks from SpeechBrain's own store; False: new ones for each batch, faster
     recompute: bool = False, # the operator keeps N(W x) instead of the gates
     backend: str = "auto", # one of BACKENDS
     threads: int | None = None, # of the CPU's loop
 ) -> nn.Module: # the same model. Raises EsslError where there is nothing to swap
-    "Put a fast loop into every Light GRU of a SpeechBrain model, in place: every object stays, and so do parameters and state dict."
+    "Put a fast loop into every Light GRU of a SpeechBrain model, in place; objects and state dict stay."
     if backend not in BACKENDS:
         raise EsslError(f"backend={backend!r} was given; allowed: {', '.join(map(repr, BACKENDS))}.")
     kinds, found = their_classes(), {}
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and module.original_name in [kind.__name__ for kind in kinds]:
-            raise EsslError(f"{name or 'The model'} is a scripted {module.original_name}; swap before torch.jit.script.")
+            raise EsslError(f"{name or 'The model'} is a scripted {module.original_name}; "
+                            "swap before torch.jit.script.")
         base = next((kind for kind in kinds if isinstance(module, kind)), None)
         if base is not None and not isinstance(module, SwappedLiGRU):
             if own_loop(module, base):
-                raise EsslError(f"{name or 'The model'} ({type(module).__name__}) has a loop of its own, which a swap would lose.")
+                raise EsslError(f"{name or 'The model'} ({type(module).__name__}) has a loop of its own, "
+                                "which a swap would lose.")
             found[module] = swapped_class(type(module))
         elif base is not None:
             found[module] = type(module)
@@ -290,28 +310,40 @@ def swap_ligru(
     for stack in {m for m in model.modules() if isinstance(m, their_stacks()) and not isinstance(m, SwappedStack)}:
         stack.__class__ = swapped_stack(type(stack))
     for layer, swapped in found.items():
-        layer.__class__, layer.exact_masks, layer.recompute, layer.backend = swapped, exact_masks, recompute, backend
-        layer.threads, layer.activation = threads or 0, activation_of(layer) or ""  # plain values, which TorchScript copies
+        layer.__class__ = swapped
+        layer.exact_masks, layer.recompute, layer.backend = exact_masks, recompute, backend
+        layer.threads = threads or 0  # plain values, which TorchScript copies
+        layer.activation = activation_of(layer) or ""
         layer.kind, layer.eps = ("sligru", layer.layer_norm.eps) if hasattr(layer, "layer_norm") else ("ligru", 0.0)
     return model
 
 # %% ../../nbs/ligru/04_speechbrain_swap.ipynb #d4247a07
-PAIRS = (("w.weight", "w.weight"), ("u.weight", "u"), ("norm.weight", "norm.weight"), ("norm.bias", "norm.bias"), ("norm.running_mean", "norm.running_mean"),
-         ("norm.running_var", "norm.running_var"), ("norm.num_batches_tracked", "norm.num_batches_tracked"), ("layer_norm.weight", "gain"), ("layer_norm.bias", "bias"))
+PAIRS = ( # theirs, ours
+    ("w.weight", "w.weight"), ("u.weight", "u"), ("norm.weight", "norm.weight"), ("norm.bias", "norm.bias"),
+    ("norm.running_mean", "norm.running_mean"), ("norm.running_var", "norm.running_var"),
+    ("norm.num_batches_tracked", "norm.num_batches_tracked"),
+    ("layer_norm.weight", "gain"), ("layer_norm.bias", "bias"),
+)
 
 
-def their_shape(weights: dict, bidirectional: bool | None, cell: str | None) -> tuple: # cell, D, H, L, two directions, kind of norm, affine
+def their_shape(
+    weights: dict, # a state dict of SpeechBrain's
+    bidirectional: bool | None,
+    cell: str | None,
+) -> tuple: # cell, D, H, L, two directions, kind of norm, affine
     "Read off a state dict what it is of. Raises EsslError where it does not tell."
     layers = len({k.split(".")[1] for k in weights})
     H2, D = weights["rnn.0.w.weight"].shape
     if bidirectional is None:
         if layers == 1:
-            raise EsslError("One layer's state dict does not tell whether it is bidirectional (both directions share their weights); give bidirectional=True or False.")
+            raise EsslError("One layer's state dict does not tell whether it is bidirectional "
+                            "(both directions share their weights); give bidirectional=True or False.")
         bidirectional = weights["rnn.1.w.weight"].shape[1] == H2
     affine = "rnn.0.layer_norm.weight" in weights
     if cell is None:
         if not affine and "rnn.0.drop_masks" not in weights:
-            raise EsslError("This state dict does not tell LiGRU from SLiGRU (it has neither drop_masks nor layer_norm); give cell='ligru' or 'sligru'.")
+            raise EsslError("This state dict does not tell LiGRU from SLiGRU (it has neither drop_masks nor "
+                            "layer_norm); give cell='ligru' or 'sligru'.")
         cell = "sligru" if affine else "ligru"
     return cell, D, H2 // 2, layers, bidirectional, "batch" if "rnn.0.norm.running_mean" in weights else "layer", affine
 
@@ -327,7 +359,9 @@ def from_speechbrain(
     state = source.state_dict() if isinstance(source, nn.Module) else dict(source)
     heads = {m[1] for k in state if (m := re.fullmatch(r"(.*?)rnn\.\d+\.u\.weight", k))}
     if len(heads) != 1:
-        raise EsslError(f"The state dict holds {len(heads)} Light GRUs of SpeechBrain ({', '.join(sorted(heads)) or 'no key rnn.0.u.weight'}); give the part with one.")
+        names = ", ".join(sorted(heads)) or "no key rnn.0.u.weight"
+        raise EsslError(f"The state dict holds {len(heads)} Light GRUs of SpeechBrain ({names}); "
+                        "give the part with one.")
     head = heads.pop()
     weights = {k.removeprefix(head): v for k, v in state.items() if re.match(re.escape(head) + r"rnn\.\d+\.", k)}
     if isinstance(source, nn.Module):
@@ -336,29 +370,34 @@ def from_speechbrain(
         options = dict(activation=ACTIVATION_NAMES.get(source.nonlinearity, "relu"), dropout=source.dropout) | options
     cell, D, H, layers, both, norm, affine = their_shape(weights, bidirectional, cell)
     if any(weights[f"rnn.{i}.h_init"].any() for i in range(layers)):
-        raise EsslError("h_init is not zero in these weights; ours starts from zeros. Set it to zero and give the state as h0.")
+        raise EsslError("h_init is not zero in these weights; ours starts from zeros. "
+                        "Set it to zero and give the state as h0.")
     like = weights["rnn.0.u.weight"]
     kw = dict(recurrent_affine=True) if affine else {}
-    layer = (SLiGRU if cell == "sligru" else LiGRU)(D, H, layers, bidirectional=both, shared_directions=both, normalization=norm, **kw, **options).to(like.device, like.dtype)
-    layer.load_state_dict({f"layers.{i}.0.{ours}": weights[f"rnn.{i}.{theirs}"] for i in range(layers) for theirs, ours in PAIRS if f"rnn.{i}.{theirs}" in weights})
+    kind = SLiGRU if cell == "sligru" else LiGRU
+    layer = kind(D, H, layers, bidirectional=both, shared_directions=both, normalization=norm, **kw, **options)
+    layer = layer.to(like.device, like.dtype)
+    names = {f"layers.{i}.0.{ours}": f"rnn.{i}.{theirs}" for i in range(layers) for theirs, ours in PAIRS}
+    layer.load_state_dict({ours: weights[theirs] for ours, theirs in names.items() if theirs in weights})
     if isinstance(source, nn.Module):
-        for way, old in zip(layer.directions(), source.rnn):
-            way.norm.bias.requires_grad = old.norm.bias.requires_grad
+        for direction, old in zip(layer.directions(), source.rnn, strict=True):
+            direction.norm.bias.requires_grad = old.norm.bias.requires_grad
         layer.train(source.training)
     return layer
 
 # %% ../../nbs/ligru/04_speechbrain_swap.ipynb #d142a146
 def to_speechbrain(
     layer: LiGRU | SLiGRU, # batch or layer norm; two directions with shared weights, or one
-) -> dict: # a state dict for SpeechBrain's LiGRU or SLiGRU, buffers and all. Raises EsslError for what SpeechBrain does not have
-    "Our weights under SpeechBrain's names."
+) -> dict: # a state dict for SpeechBrain's LiGRU or SLiGRU, buffers and all
+    "Our weights under SpeechBrain's names. Raises EsslError for what SpeechBrain does not have."
     if layer.bidirectional and not layer.shared_directions:
-        raise EsslError("This layer has weights for each direction; SpeechBrain's share them. Only a layer with shared_directions=True fits.")
+        raise EsslError("This layer has weights for each direction; SpeechBrain's share them. "
+                        "Only a layer with shared_directions=True fits.")
     if layer.normalization == "none":
         raise EsslError("This layer has normalization='none'; SpeechBrain's always have a batch or a layer norm.")
     out = {}
-    for i, way in enumerate(layer.directions()):
-        ours, like = way.state_dict(), way.u.detach()
+    for i, direction in enumerate(layer.directions()):
+        ours, like = direction.state_dict(), direction.u.detach()
         out |= {f"rnn.{i}.{theirs}": ours[name] for theirs, name in PAIRS if name in ours}
         out |= {f"rnn.{i}.h_init": like.new_zeros(1, layer.hidden_size), f"rnn.{i}.drop_mask_te": like.new_ones(1)}
         if layer.cell == "ligru":

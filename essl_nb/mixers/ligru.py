@@ -46,26 +46,27 @@ class LightMixer(Recurrent):
         return self.layer(dim, hidden, **self.made)
 
     def run(self, cell: nn.Module, x: Tensor, mask: Tensor | None = None, state=None) -> tuple: # (B,T,H), state (1,B,H)
-        "The layer knows autocast and the meta device itself. Padding comes last here and is silenced after, so it needs no mask."
+        "The layer handles autocast and the meta device. Padding comes last here and is set to 0 after, so no mask."
         if exporting_onnx():
             return self.framewise(cell, x, state)
         if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu"):
             return cell(x, state)
-        wide = {name: p.float() for name, p in cell.named_parameters()}  # the processor's loop has float32 and float64
+        wide = {name: p.float() for name, p in cell.named_parameters()}  # the CPU backend has float32 and float64
         y, last = torch.func.functional_call(cell, wide, (x.float(), None if state is None else state.float()))
         return y.to(x.dtype), last.to(x.dtype)
 
     def framewise(self, cell: nn.Module, x: Tensor, state=None) -> tuple: # (B,T,H), state (1,B,H)
         "The same by one operator that every runtime knows."
-        way = cell.layers[0][0]
-        step = partial(light_step, u=way.u, drop=None, gain=way.gain, bias=way.bias, cell=cell.cell, activation=cell.activation, eps=cell.eps)
+        own = cell.layers[0][0]
+        step = partial(light_step, u=own.u, drop=None, gain=own.gain, bias=own.bias,
+                       cell=cell.cell, activation=cell.activation, eps=cell.eps)
 
         def frame(state, now):
             h = step(now[0], state[0])
             return (h,), h
 
         start = x.new_zeros(x.shape[0], self.hidden) if state is None else state[0]
-        (last,), y = scan_frames(frame, (start,), (way(x)[0],))
+        (last,), y = scan_frames(frame, (start,), (own(x)[0],))
         return y, last[None]
 
 

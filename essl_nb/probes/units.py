@@ -120,15 +120,15 @@ def units(
     steps: int = 600, # of the head
     lr: float | None = None, # of the head; its own by default
     batch: int = 2048, # frames of a training step
-    piece_seconds: float = 20.0, # longer recordings are split into segments
+    segment_seconds: float = 20.0, # longer recordings are split into segments
 ):
     "Clusters of hidden frames; needs audio only."
-    if not 1 <= piece_seconds <= 600:
-        raise EsslError(f"piece_seconds is {piece_seconds}; give 1 to 600 seconds.")
-    features, read = job.source.features, lambda split: in_segments(job.source.features, in_split(job.corpus, split), piece_seconds)
+    if not 1 <= segment_seconds <= 600:
+        raise EsslError(f"segment_seconds is {segment_seconds}; give 1 to 600 seconds.")
+    features, read = job.source.features, lambda split: in_segments(job.source.features, in_split(job.corpus, split), segment_seconds)
     train, score = few_labels(read("train"), job.labels), few_labels(read(job.split), "all" if job.labels == "all" else "1h")
     if len(score) < 2:
-        raise EsslError(f"The split {job.split!r} is one recording of less than {piece_seconds:g} s, and an interval needs two; "
+        raise EsslError(f"The split {job.split!r} is one recording of less than {segment_seconds:g} s, and an interval needs two; "
             "give more recordings, or another split.")
     model = fit_units(features, list(dict.fromkeys((u.whole if isinstance(u, Segment) else u).id for u in train)), clusters=clusters, seed=0)
     recordings = len({(u.whole if isinstance(u, Segment) else u).id for u in score})

@@ -25,7 +25,7 @@ class PretrainConfig:
     encoder: EncoderConfig  # what is trained
     objective: str = "clusters"  # a registered objective
     objective_kw: dict = field(default_factory=dict)  # its own options
-    corpus: str = "bundled"  # "bundled" or a folder
+    corpus: str = "bundled"  # "bundled" or a folder of sound files
     steps: int = 2000  # optimiser steps
     batching: Batching = "packed"  # packed: concatenated and cut to equal chunks; padded: whole utterances of similar length
     batch_seconds: float = 16.0  # audio in a batch, seconds
@@ -36,11 +36,11 @@ class PretrainConfig:
     betas: tuple[float, float] = (0.9, 0.98)  # AdamW's decay of moments
     weight_decay: float = 0.02  # on matrices
     clip: float = 2.0  # largest norm of the gradient
-    warmup: float = 0.08  # share of the steps spent rising
+    warmup: float = 0.08  # share of the steps in the warm-up
     floor: float = 0.02  # last learning rate over the peak
     precision: Precision = "auto"  # auto: bf16 where the processor multiplies it faster; bf16: autocast; fp32
-    seed: int = 0  # weights, order of batches, spans
-    target_seed: int = 0  # what the targets are learned with; the same for all encoders of a study
+    seed: int = 0  # of weights, order of batches, spans
+    target_seed: int = 0  # of the targets; the same for all encoders of a study
 
     def __post_init__(self):
         check_types(self)

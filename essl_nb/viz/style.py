@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FAMILY_COLOURS', 'FAMILY_SHAPES', 'FAMILY_INKS', 'FAMILY_NAMES', 'OTHER_COLOUR', 'OTHER_SHAPE', 'FONT', 'INK', 'GREY',
-           'GRID', 'family_colour', 'family_ink', 'family_shape', 'family_name', 'plain_text', 'plain', 'family_order',
-           'family_key']
+           'GRID', 'family_colour', 'family_ink', 'family_shape', 'family_name', 'plain_text', 'folded', 'plain',
+           'family_order', 'family_key']
 
 # %% ../../nbs/viz/01_style.ipynb #bae80567
+import textwrap
+
 import plotly.graph_objects as go
 
 # %% ../../nbs/viz/01_style.ipynb #ac4ef00b
@@ -65,6 +67,11 @@ def plain_text(text) -> str:
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def folded(title: str, letters: int = 102) -> str:
+    "A long title in lines of so many letters, which fit into 820 pixels; one that has lines already stays as it is."
+    return title if "<br>" in title else "<br>".join(textwrap.wrap(title, letters, break_long_words=False))
+
+
 def plain(
     fig: go.Figure, # the figure, changed in place
     *,
@@ -73,13 +80,14 @@ def plain(
     margin: dict | None = None, # room around the axes in pixels; None: enough for labels
 ) -> go.Figure: # the same figure
     "Gives a figure the project's look."
+    more = 20 * (folded(title).count("<br>") - title.count("<br>"))  # pixels for the lines that a long title is folded into
     fig.update_layout(
         template="none", height=height, font=dict(family=FONT, size=13, color="#333"), showlegend=False, dragmode=False,
         margin=margin or dict(l=64, r=16, t=40 if title else 12, b=48), paper_bgcolor="#fff", plot_bgcolor="rgba(0,0,0,0)",
         hoverlabel=dict(font=dict(family=FONT, size=13)),
     )
     if title:
-        fig.update_layout(title=dict(text=title, x=0, xref="container", xanchor="left", pad=dict(l=12), font=dict(size=15)))
+        fig.update_layout(margin_t=fig.layout.margin.t + more, title=dict(text=folded(title), x=0, xref="container", xanchor="left", pad=dict(l=12), font=dict(size=15)))
     lines = dict(showline=True, linecolor=GRID, gridcolor=GRID, zeroline=False, ticks="outside", ticklen=4, tickcolor=GRID, title_standoff=8, title_font=dict(size=13))
     return fig.update_xaxes(**lines).update_yaxes(**lines)
 
