@@ -73,7 +73,7 @@ def write_checkpoint(
             tensors[name], tensors[name + SCALE] = quantised(t)
         else:
             tensors[name] = t.to(torch.float16 if dtype == torch.int8 else dtype)
-    save_tensors(folder / "model.safetensors", tensors, {"config": content_hash(config), "weights": STORED[dtype]})
+    save_tensors(folder / "model.safetensors", tensors, {"config": content_hash(config)})  # one key: several would be written in any order
     write_json(folder / "config.json", to_json(config))
     return folder
 
