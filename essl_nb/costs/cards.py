@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.config import content_hash, expect, from_json, to_json
-from ..core.files import save_tensors, write_json
+from ..core.config import expect, from_json, to_json
+from ..core.files import write_json
 from ..core.fresh import run_fresh
 from ..core.machine import check_seconds, check_threads, library_versions, machine_record
 from ..core.memory import forked_peak
@@ -201,12 +201,9 @@ def card_head(kind, config, against, threads, precision, protocol: dict, device:
 def size_on_disk(config: EncoderConfig) -> dict: # bytes, whole files
     "The file of weights that `encoder.save` writes in float32, and the same with weights in bfloat16."
     encoder = build_encoder(config, seed=0)
-    buffers = dict(encoder.named_buffers())
-    half = {name: t if name in buffers or not t.is_floating_point() else t.bfloat16() for name, t in encoder.state_dict().items()}
+    types = {"disk_bytes_fp32": None, "disk_bytes_bf16": torch.bfloat16}
     with tempfile.TemporaryDirectory() as d:
-        fp32, bf16 = encoder.save(d) / "model.safetensors", Path(d) / "bf16.safetensors"
-        save_tensors(bf16, half, {"config": content_hash(config), "weights": "bfloat16"})
-        return {"disk_bytes_fp32": fp32.stat().st_size, "disk_bytes_bf16": bf16.stat().st_size}
+        return {name: (encoder.save(Path(d) / name, dtype=dtype) / "model.safetensors").stat().st_size for name, dtype in types.items()}
 
 
 def state_bytes(config: EncoderConfig, seconds: float) -> int | None: # None where it cannot stream

@@ -18,7 +18,7 @@ from essl_nb.ligru.gpu.persistent import KERNELS, assembler_report
 from essl_nb.ligru.gpu.ptx import find_ptxas
 from essl_nb.ligru.gpu.tile import KernelShape
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CARDS = json.loads((ROOT / "results/ligru_ptx.json").read_text())["kernels"]
 compiles = pytest.mark.skipif(find_spec("numba_cuda") is None or find_ptxas() is None, reason="needs numba-cuda and ptxas: pip install 'essl_nb[cuda]' nvidia-cuda-nvcc")
 

@@ -10,7 +10,7 @@ import pytest
 
 import essl_nb.core.jit as jit
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = {
     "__init__.py": "",
     "constants.py": "STEP = 2.0\n",

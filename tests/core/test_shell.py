@@ -24,7 +24,7 @@ from essl_nb.study.grid import example_grid, grid_cells, grid_schema, read_grid
 from essl_nb.train.config import PretrainConfig
 from essl_nb.train.launch import run_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAME = list_mixers()[0]
 HEAVY = ("torch", "gradio", "pandas", "plotly", "numba", "numpy")
 

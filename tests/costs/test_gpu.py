@@ -13,13 +13,13 @@ import torch
 from essl_nb.core.registry import EsslError
 from essl_nb.costs import cards, curves, measure
 from essl_nb.costs.gpu_cases import KINDS, PASSES, all_cases
-from essl_nb.costs.gpu_kernels import KernelCase, gpu_code, verdict
+from essl_nb.costs.gpu_kernels import KernelCase, verdict
 from essl_nb.ligru.cell import CELLS
 from essl_nb.ligru.gpu.launch_plan import H100
 from essl_nb.mixers.base import list_mixers
 from essl_nb.models.config import EncoderConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import gpu  # noqa: E402
 
