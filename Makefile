@@ -11,8 +11,8 @@ help:
 	@echo "make test     every check and test (ARGS='-k shapes' picks some, ARGS=--slow adds the slow ones, JOBS=4 runs four at a time)"
 	@echo "make gpu      kernels, layers, mixers and training steps on an NVIDIA GPU, in about 8 minutes (ARGS=--list shows the cases)"
 	@echo "make lab      JupyterLab on the tutorials"
-	@echo "make export   clean the notebooks, write essl_nb/ and README.md from them"
-	@echo "make check    say whether notebooks, modules and README.md are in step (make test does this first)"
+	@echo "make export   clean the notebooks; write essl_nb/, README.md and pages of docs/ from them"
+	@echo "make check    say whether notebooks, modules, README.md and docs/ are in step (make test does this first)"
 	@echo "make docs     build the site of notebooks into _site/"
 	@echo "make clean    remove what tests and builds leave behind (.venv stays)"
 
