@@ -78,7 +78,10 @@ def run_notebook(path: str, force: list, log: str, answer):
     found, stored = [], json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         import nbdev.test
+        import pandas as pd
         from nbdev.config import get_config
+
+        pd.set_option("display.max_columns", 20)  # as in a notebook: a terminal's width does not count
 
         nbdev.test.write_nb = lambda run, _: found.extend(stale(run, stored))  # what `save` hands over is looked at instead
         flags = get_config(Path(path).parent).tst_flags.split()

@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..core.registry import EsslError
+from ..costs.recurrent import SHOWN_NAMES
 from .style import plain
 
 # %% ../../nbs/viz/08_recurrent.ipynb #4fc6fe0b
@@ -18,7 +19,7 @@ LOOK = { # colour, dash, marker: the recurrent family's colour and shades of it;
     "GRU": ("#8A3A00", "solid", "square"), "LSTM": ("#4A2511", "solid", "triangle-up"), "floor": ("#6b6b6b", "dot", "line-ew-open"),
     "SpeechBrain": ("#5B3A8E", "solid", "x"), "SpeechBrain, scripted": ("#9A7FC4", "dash", "x-open"), "SpeechBrain, unbound": ("#5B3A8E", "dash", "cross"),
 }
-WORDS = {"floor": "matrix products alone", "SpeechBrain, unbound": "SpeechBrain, patched"}  # what figures call what rows call otherwise
+WORDS = SHOWN_NAMES | {"floor": "lower bound (matrix products)"}  # what figures call what rows call otherwise
 
 
 def bench_figure(
