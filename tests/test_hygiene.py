@@ -125,6 +125,9 @@ def test_no_import_leads_to_a_later_page_or_folder(path):
         place[".".join(["essl_nb", *folder.split("/"), stem.split("_", 1)[1]])] = PLACES[folder, stem]
     here = ".".join(path.with_suffix("").parts)
     later = sorted(m for m in imported(path) if place[m] >= place[here])
+    whole = [n for n in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))) if isinstance(n, (ast.Import, ast.ImportFrom))
+             and ("essl_nb" in [a.name for a in n.names] or isinstance(n, ast.ImportFrom) and not n.level and n.module == "essl_nb")]
+    assert not whole, f"{here} imports the package itself, whose first lines lead to everything; import from the page that has the name"
     assert not later, f"{here} imports {', '.join(later)}, which a reader meets later: move what they share down, or the page up (docs/design.md, Folders)"
 
 

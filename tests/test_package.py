@@ -152,7 +152,7 @@ def test_an_installed_package_takes_no_strangers_folder(tmp_path, monkeypatch):
     site = tmp_path / "site-packages"
     for folder in ("results/small", "essl_nb/data"):
         (site / folder).mkdir(parents=True)
-    monkeypatch.setattr(places.essl_nb, "__file__", str(site / "essl_nb/__init__.py"))
+    monkeypatch.setattr(places, "package", lambda: site / "essl_nb")
     assert places.repository() is None
     with pytest.raises(EsslError, match="No studies"):
         places.results_dir()

@@ -23,7 +23,7 @@ import tokenize
 import typing
 from pathlib import Path
 
-import essl_nb
+from .places import version
 from .registry import EsslError
 from .stop import StoppedBySignal, unwind
 
@@ -190,7 +190,7 @@ class Command:
 
         doc, arguments = signature(self.module, self.name)
         usage = " ".join(["%(prog)s [options]", *(f"[{n}]" if n in self.maybe else n for n, _, d, _ in arguments if d is ... or n in self.maybe)])
-        parser = ArgumentParser(prog=self.name, usage=usage, description=doc, version=f"essl_nb {essl_nb.__version__}", exit_on_error=False, allow_abbrev=False)
+        parser = ArgumentParser(prog=self.name, usage=usage, description=doc, version=f"essl_nb {version()}", exit_on_error=False, allow_abbrev=False)
         for name, hint, default, comment in arguments:
             if name in self.maybe:
                 parser.add_argument(name, type=hint, help=comment, nargs="?", default=argparse.SUPPRESS)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import essl_nb
 from ..core.config import content_hash, derive_seed
 from ..core.files import cache_dir
+from ..core.places import package
 from ..core.registry import EsslError, nearest
 from . import audio, containers
 from .audio import MAX_SECONDS, MIN_SECONDS, SUFFIXES, LogMelSpec, Unreadable, audio_seconds, load_audio, plain_name, sound_files
@@ -374,12 +374,12 @@ def corpus_from_rows(
     return Corpus(name, root, made, left_out=left_out)
 
 # %% ../../nbs/data/05_corpus.ipynb #50e1ad64
-SAMPLE = Path(essl_nb.__file__).parent / "data" / "sample"
+SAMPLE = package() / "data" / "sample"
 
 
 def bundled_root() -> Path: # a folder with a manifest
     "The repository's corpus, else $ESSL_CORPUS, else the sample in the wheel. Raises EsslError where there is none."
-    repository = Path(essl_nb.__file__).parents[1] / "corpus"
+    repository = package().parent / "corpus"
     given = os.environ.get("ESSL_CORPUS")
     for root in (repository, given and Path(given), SAMPLE):
         if root and (root / "manifest.csv").is_file():

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import essl_nb
 from ..core.config import content_hash
 from ..core.files import atomic_write, cache_dir, locked, write_json
+from ..core.places import version
 from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from . import audio, containers
@@ -90,7 +90,7 @@ def code_hash(
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
         except (OSError, SyntaxError):
-            return content_hash([essl_nb.__version__, [t.__name__ for t in things]])
+            return content_hash([version(), [t.__name__ for t in things]])
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):

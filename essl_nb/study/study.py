@@ -24,11 +24,11 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-import essl_nb
 from ..core.config import from_json, to_json
 from ..core.files import Busy, append_line, atomic_write, explain_write_error, locked, read_json, read_lines, write_json
 from ..core.fresh import run_fresh
 from ..core.machine import library_versions, machine_record
+from ..core.places import package
 from ..core.registry import EsslError
 from ..core.stop import GRACE, StoppedBySignal, end_softly, noticing_stops
 from ..data.corpus import load_corpus
@@ -149,7 +149,7 @@ def locked_folder(folder: Path): # yields the lock file and the token in it
 # %% ../../nbs/study/05_study.ipynb #e4d7affd
 def revision() -> str | None:
     "The git revision of the package, with a + where files differ from it; None outside a repository."
-    git = ["git", "-C", str(Path(essl_nb.__file__).parent)]
+    git = ["git", "-C", str(package())]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno", "."], capture_output=True, text=True).stdout.strip()

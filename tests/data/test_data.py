@@ -231,7 +231,7 @@ def test_essl_corpus_variable(tmp_path, monkeypatch):
     import essl_nb.data.corpus as module
     soundfile.write(tmp_path / "a.wav", tone(), 16000)
     write_manifest(tmp_path, [dict(id="a", path="a.wav")])
-    monkeypatch.setattr(module.essl_nb, "__file__", str(tmp_path / "site" / "essl_nb" / "__init__.py"))
+    monkeypatch.setattr(module, "package", lambda: tmp_path / "site" / "essl_nb")
     monkeypatch.setattr(module, "SAMPLE", tmp_path / "nowhere")
     monkeypatch.delenv("ESSL_CORPUS", raising=False)
     with pytest.raises(EsslError, match="ESSL_CORPUS"):
