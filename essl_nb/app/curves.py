@@ -11,14 +11,12 @@ import html
 import json
 import time
 import traceback
-from pathlib import Path
-from threading import Lock
 
 import pandas as pd
 
 from .figures import CURVES_HTML
 from .page import message, starter
-from .library import Studies, display_path, folder_code, plain_words
+from .library import ReadFolder, Studies, plain_words
 from ..core.registry import EsslError
 from ..costs.curves import FRAMES
 from ..costs.growth import ALWAYS, NEVER, crossover, exponents, load_curves
@@ -27,26 +25,8 @@ from ..study.machines import made_on
 from ..viz.curves import QUANTITIES, chosen_curves, curve_figure, curve_finding, duration_text
 
 # %% ../../nbs/app/09_curves.ipynb #452a04ff
-class CurvesFile:
+class CurvesFile(ReadFolder):
     "The measured curves of a folder, with exponents and crossovers. Raises EsslError where there are none."
-
-    def __init__(self, folder): # with rows.jsonl, or None
-        self.folder, self.stamp, self.lock = None if folder is None else Path(folder), None, Lock()
-
-    @property
-    def display_path(self) -> str:
-        "The folder as one would type it in the working directory."
-        return display_path(self.folder)
-
-    @property
-    def code(self) -> str:
-        "The folder as a Python expression; `imports` is what it needs."
-        return folder_code(self.folder)[1]
-
-    @property
-    def imports(self) -> str:
-        "An import line, or nothing."
-        return folder_code(self.folder)[0]
 
     def read(self) -> tuple: # (curves, exponents, crossovers)
         "Everything that was measured."

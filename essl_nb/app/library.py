@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'UNTRAINED', 'SCORES', 'NOTHING', 'UNREADABLE', 'EncoderLibrary', 'display_path', 'folder_code',
-           'StudyFile', 'plain_words', 'stamp_of', 'state_of', 'setting_of', 'summary_of', 'study_label', 'Studies']
+           'ReadFolder', 'StudyFile', 'plain_words', 'stamp_of', 'state_of', 'setting_of', 'summary_of', 'study_label',
+           'Studies']
 
 # %% ../../nbs/app/07_library.ipynb #f094050e
 import json
@@ -108,10 +109,10 @@ def folder_code(folder: Path) -> tuple: # an import line, or nothing; an express
     return "from essl_nb.core.places import results_dir\n", f"results_dir() / {here.relative_to(shipped).as_posix()!r}"
 
 
-class StudyFile:
-    "A study's tables, read on demand and again when rows were added. Raises EsslError where there are none."
+class ReadFolder:
+    "A folder of rows that is read on demand, and again when rows were added."
 
-    def __init__(self, folder): # a study's folder, or None
+    def __init__(self, folder): # with rows.jsonl, or None
         self.folder, self.stamp, self.lock = None if folder is None else Path(folder), None, Lock()
 
     @property
@@ -128,6 +129,10 @@ class StudyFile:
     def imports(self) -> str:
         "An import line, or nothing."
         return folder_code(self.folder)[0]
+
+
+class StudyFile(ReadFolder):
+    "A study's tables, read on demand and again when rows were added. Raises EsslError where there are none."
 
     def rows(self): # a frame from `load_results`
         "All rows."
