@@ -117,7 +117,7 @@ class RecurrentCase:
     def caller(self, name: str, x: Tensor, which: str, transformed=None):
         "A function without arguments: one pass, gradients cleared as between steps."
         model, _, low = self.models[name]
-        model, training = transformed or model, which != PASSES[0]
+        model, training = model if transformed is None else transformed, which != PASSES[0]
         leaf = x.requires_grad_(training)
 
         def call():

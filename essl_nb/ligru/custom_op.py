@@ -184,12 +184,13 @@ def light_operator_backward(
     wx, hs = inside(wx), inside(hs)
     u, h0, drop, lengths, gain, bias = dense(u, h0, drop, lengths, gain, bias)
     how = dict(norm=norm_of(mean, rstd, weight, shift, own), cell=cell, activation=activation)
-    if recompute:
-        kept = module.remake(wx, u, h0, gain, bias, hs, eps=eps, **how, **(options if name == "cuda" else {}))
-    else:
-        kept = Kept(inside(gates), *((inside(xhat), inside(scale)) if cell == "sligru" else ()))
     grad = grad.detach() if name == "cpu" else in_order(grad, False)
-    found = module.backward(grad, u, h0, drop, lengths, gain, bias, hs, kept, wx=wx, **how, **options)
+    with no_autocast(hs.device.type):  # a backward pass may be called inside autocast, or recorded there in a CUDA graph
+        if recompute:
+            kept = module.remake(wx, u, h0, gain, bias, hs, eps=eps, **how, **(options if name == "cuda" else {}))
+        else:
+            kept = Kept(inside(gates), *((inside(xhat), inside(scale)) if cell == "sligru" else ()))
+        found = module.backward(grad, u, h0, drop, lengths, gain, bias, hs, kept, wx=wx, **how, **options)
     affine = (found.gain, found.bias, found.norm_weight, found.norm_bias)
     return in_order(found.wx, first), found.u, found.h0, *(u.new_empty(0) if t is None else t for t in affine)
 

@@ -338,6 +338,24 @@ def test_compiles_without_a_break(kind):
         assert all(near(p.grad, q.grad, 1e-5) for p, q in zip(layer.parameters(), twin.parameters()))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", [LiGRU, SLiGRU])
+def test_a_backward_pass_within_autocast_is_that_without(kind, backend, recompute):
+    layer, x, found = kind(6, 5, bidirectional=True, backend=backend, recompute=recompute), torch.randn(2, 7, 6), []
+    for inside in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)[0].float().square().sum()
+            if inside:
+                y.backward()
+        if not inside:
+            y.backward()
+        found.append([each.u.grad.clone() for each in layer.directions()])
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
 @both_kinds
 def test_autocast_keeps_the_states_in_float32(kind):
     layer, x = kind(4, 16, 2, bidirectional=True), torch.randn(2, 20, 4)

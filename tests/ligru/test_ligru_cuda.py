@@ -1,4 +1,6 @@
 """The GPU kernels of the Light GRU: in a simulator and, where there is one, on a GPU."""
+import ctypes
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ import torch
 
 from essl_nb.core.registry import EsslError
 from essl_nb.ligru import cell, custom_op as operator, layer as layers
-from essl_nb.ligru.gpu import backend as cuda
+from essl_nb.ligru.gpu import backend as cuda, persistent, ptx
 from essl_nb.ligru.gpu.launch_plan import A100, H100, Plan
 from essl_nb.ligru.gpu.tile import KernelShape, pack_weights
 from essl_nb.ligru.layer import LiGRU, SLiGRU
@@ -343,6 +345,27 @@ def test_every_weight_is_held_once():
             assert len(held) == shape.blocks * shape.threads * shape.held
             numbers = held.view(torch.bfloat16) if precision == "bf16" else held
             assert numbers[numbers > 0].float().sort().values.tolist() == u.flatten().sort().values.tolist()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_arguments_are_words_as_the_compiled_kernel_reads_them(backward):
+    "Against the parameters that Numba's own compiler declares; the driver is given addresses and no types."
+    pytest.importorskip("numba_cuda")
+    shape = KernelShape(24, 4, 1, "fp32", "sligru", backward=backward)
+    kernel = persistent.KERNELS["backward" if backward else "forward"](ptx.device_words(), shape)
+    kinds = persistent.signature(kernel, shape)
+    declared = re.findall(r"\.param \.(\w+)", ptx.to_ptx(kernel, kinds, (9, 0), shape.bounds).split(".entry")[1].split(")")[0])
+    tensors = [torch.arange(3 + i, dtype=torch.int32 if "int32" in str(kind) else torch.float32) for i, kind in enumerate(kinds)]
+    args = [t if "array" in str(kind).lower() else 0.25 if "float" in str(kind) else 7 for t, kind in zip(tensors, kinds)]
+    addresses, words = cuda.kernel_arguments(args)
+    assert len(declared) == len(words) == len(addresses) == 7 * len(args) - 6 * sum(not isinstance(a, torch.Tensor) for a in args)
+    kinds_of = {"b32": ctypes.c_uint32, "u32": ctypes.c_uint32, "f32": ctypes.c_float}
+    found = iter(kinds_of.get(kind, ctypes.c_uint64).from_address(at).value for kind, at in zip(declared, addresses))
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            assert [next(found) for _ in range(7)] == [0, 0, a.numel(), 4, a.data_ptr(), a.numel(), 4]
+        else:
+            assert next(found) == a
 
 
 def test_no_gpu_and_wrong_input_are_said():

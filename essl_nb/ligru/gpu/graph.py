@@ -135,7 +135,8 @@ class ForwardGraph:
         self.b = zero_buffers(
             device, wx=(C, N, 2 * H), u=(R, H, 2 * H), p=(R, B, 2 * H), h=(R, B, H), drop=(N, H), ends=(N,),
             gain=(R, 2 * H), bias=(R, 2 * H), hs=(C, N, H), **kept)
-        self.frames, self.replay = C, engine.record(self.run, device)
+        self.frames = C
+        self.replay = engine.record(self.run, device)
 
     def run(self):
         b = self.b
@@ -156,7 +157,8 @@ class BackwardGraph:
         self.b = zero_buffers(
             device, grad=(C, N, H), u=(R, 2 * H, H), y=(R, B, 2 * H), d=(R, B, H), h0=(N, H), drop=(N, H), ends=(N,),
             gain=(R, 2 * H), hs=(C, N, H), s=(C, N, 2 * H), xhat=wide, rstd=wide[:2], dwx=(C, N, 2 * H), dp=wide)
-        self.frames, self.replay = C, engine.record(self.run, device)
+        self.frames = C
+        self.replay = engine.record(self.run, device)
 
     def run(self):
         b = self.b

@@ -13,9 +13,12 @@ import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+
+import numpy as np
 
 from ...core.registry import EsslError
 
@@ -24,10 +27,13 @@ INSTALL = "pip install 'essl_nb[cuda]'"
 
 
 def need_numba_cuda() -> None: # raises EsslError
-    "Refuse where numba-cuda is missing; Numba's own CUDA target has other names."
+    "Refuse where numba-cuda is missing (Numba's own CUDA target has other names) or cannot work with this NumPy."
     if find_spec("numba_cuda") is None:
         raise EsslError("The GPU kernels of the Light GRU need numba-cuda, which is not installed; "
                         f"{INSTALL} brings it. Without it: backend='cpu' or backend='reference'.")
+    if not hasattr(np, "row_stack") and version("numba-cuda") == "0.30.4":  # which names that function; NumPy 2.5 lost it
+        raise EsslError(f"numba-cuda 0.30.4 cannot compile with NumPy {np.__version__}; pip install 'numpy<2.5', or use "
+                        "backend='reference'.")
 
 # %% ../../../nbs/ligru/gpu/01_ptx.ipynb #61d3c459
 def inline(builder, template: str, constraints: str, result, operands, *, memory=False):
