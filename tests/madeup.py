@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from essl_nb.core.config import to_json
-from essl_nb.core.files import append_line, write_json
+from essl_nb.core.files import append_line, read_lines, write_json
 from essl_nb.core.intervals import ratio
 from essl_nb.costs.curves import PASSES
 from essl_nb.mixers.base import list_mixers, mixers
@@ -57,3 +57,8 @@ def make_curves(folder: Path, names) -> Path:
 
 if __name__ == "__main__":  # python tests/madeup.py FOLDER: a study to look at
     print(make_study(Path(sys.argv[1])))
+
+
+def steps_of(folder) -> list:
+    "The lines of a run's log without what is measured with a clock: they are those of any other run of its configuration."
+    return [{k: v for k, v in row.items() if k != "waiting"} for row in read_lines(folder / "metrics.jsonl")[0]]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SIMPLE', 'BadField', 'in_words', 'plain', 'fits', 'hints_of', 'complain', 'expect', 'check_types',
-           'check_options', 'to_json', 'rebuilt', 'from_json', 'hint_schema', 'class_schema', 'json_schema',
-           'content_hash', 'derive_seed']
+           'check_options', 'to_json', 'later', 'without_later', 'rebuilt', 'from_json', 'hint_schema', 'class_schema',
+           'json_schema', 'content_hash', 'derive_seed']
 
 # %% ../../nbs/core/04_config.ipynb #86489ab5
 import dataclasses
@@ -135,6 +135,19 @@ def check_options(fn, options: dict, place: str):
 def to_json(config) -> dict: # nested plain values
     "A dataclass as plain JSON values."
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def later(default): # a plain value
+    "A dataclass field that came after facts had been recorded: at its default it is left out of what names them."
+    how = dict(default_factory=dict) if default == {} else dict(default=default)
+    return dataclasses.field(**how, metadata={"later": True})
+
+
+def without_later(cls: type, values: dict) -> dict:
+    "Plain values of a dataclass without those of `later` fields that are at their default, so that old hashes stay."
+    usual = lambda f: f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    left = {f.name: usual(f) for f in dataclasses.fields(cls) if f.metadata.get("later")}
+    return {k: v for k, v in values.items() if k not in left or v != left[k]}
 
 
 def rebuilt(hint, value, place: str):

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from ..core.config import check_options, check_types, complain, content_hash, fits, from_json, hints_of, json_schema, to_json
+from ..core.config import check_options, check_types, complain, content_hash, fits, from_json, hints_of, json_schema, to_json, without_later
 from ..core.readers import read_values
 from ..core.registry import EsslError, nearest
 from ..costs.cards import deployment_cost, training_cost
@@ -311,6 +311,8 @@ def non_default(fn, options: dict) -> dict:
 def key_of(kind: str, what: dict) -> str: # 12 hex digits
     "The key of the fact that `what` describes."
     found = {k: what[k] for k in DETERMINED_BY[kind] if k in what}
+    if "pretrain" in found:
+        found["pretrain"] = without_later(PretrainConfig, found["pretrain"])
     if kind == "cost" and what.get("card") in CARDS and "kw" in found:
         found["kw"] = non_default(CARDS[what["card"]], found["kw"])  # device="cpu" is what a card is measured on anyway
     return content_hash([kind, found])

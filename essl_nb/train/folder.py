@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['OWN', 'sole_run', 'flat', 'settings_of', 'finished_steps', 'check_folder', 'prolong', 'record_of', 'same_run',
-           'precision_for', 'check_record', 'save_state', 'restore_state', 'forget_after', 'save_whole', 'finish']
+           'precision_for', 'check_record', 'save_state', 'restore_state', 'save_odd_batch', 'forget_after',
+           'save_whole', 'finish']
 
 # %% ../../nbs/train/05_folder.ipynb #8cc36d3c
+import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -22,7 +24,6 @@ from ..models.checkpoint import weights_hash
 from .config import PretrainConfig
 from .optim import optimiser_tensors, restore_optimiser
 from .step import Run
-from .targets import sounds_hash, targets_hash
 
 # %% ../../nbs/train/05_folder.ipynb #cf407a4b
 OWN = ("run.json", "metrics.jsonl", "last.safetensors", "result.json", "encoder")
@@ -102,14 +103,12 @@ def prolong(folder: Path, config: dict):
           f"so this is not the run of {config['steps']} steps at once.")
 
 # %% ../../nbs/train/05_folder.ipynb #7f74f308
-def record_of(run: Run, corpus) -> dict: # plain values
+def record_of(run: Run) -> dict: # plain values
     "What a run is made with."
-    data = dict(name=corpus.name, sounds=sounds_hash(corpus), data_hash=corpus.data_hash,
-                utterances=len(corpus), hours=round(corpus.hours, 4))
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     made = dict(device=device, threads=torch.get_num_threads(), processes=run.ranks.world, torch=torch.__version__)
-    return dict(data=data, targets=targets_hash(run.objective, run.items), precision=run.precision,
-                batches_per_step=run.batches_per_step, stages=run.stages, watched=run.health_split, made=made)
+    return dict(run.feed.record(), precision=run.precision, batches_per_step=run.batches_per_step,
+                stages=run.stages, watched=run.feed.watched, made=made)
 
 
 def same_run(record: dict, now: dict, folder: Path):
@@ -147,9 +146,9 @@ def precision_for(config: PretrainConfig, folder: Path, device: torch.device) ->
     return begun
 
 
-def check_record(run: Run, corpus, folder: Path) -> list: # the stages of the run
+def check_record(run: Run, folder: Path) -> list: # the stages of the run
     "Write run.json, or check the run against it. On rank 0 only."
-    now, saved = record_of(run, corpus), (folder / "last.safetensors").exists()
+    now, saved = record_of(run), (folder / "last.safetensors").exists()
     if (folder / "run.json").exists():
         record = read_json(folder / "run.json")
         same_run(record, now, folder)
@@ -189,6 +188,13 @@ def restore_state(run: Run, folder: Path):
     estimated = run.step * run.batches_per_step * round(run.config.batch_seconds * 100)  # for a state that an older version wrote
     run.skipped, run.frames = int(tensors.get("skipped", 0)), int(tensors.get("frames", estimated))
     run.last_finite = (run.step, run.skipped, run.frames)
+
+
+def save_odd_batch(odd: dict, path: Path):
+    "Write a batch whose loss was not finite, with its spans, its clips' names and its step."
+    batch = odd["batch"]
+    tensors = dict(raw=batch.mel, lengths=batch.lengths, span=odd["span"].cpu(), **batch.targets)
+    save_tensors(path, tensors, {"step": str(odd["step"]), "clips": json.dumps(batch.ids)})
 
 
 def forget_after(folder: Path, step: int):

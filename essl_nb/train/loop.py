@@ -23,7 +23,7 @@ from ..data.corpus import Corpus, load_corpus
 from ..objectives.health import collapsed
 from .config import PretrainConfig
 from .folder import (check_folder, check_record, finish, finished_steps, forget_after, precision_for, restore_state,
-                                  save_state, sole_run)
+                                  save_odd_batch, save_state, sole_run)
 from .step import Ranks, Run, health_report, train_step
 
 # %% ../../nbs/train/06_loop.ipynb #f3103b1e
@@ -103,9 +103,10 @@ def train(
             if run.step % watch_every == 0 or run.step == steps:
                 health, stopped = check_health(run)
                 row.update({f"valid_{k}": v for k, v in health.items() if v is not None})
-            stopped = not_finite(run) or stopped
+            stopped = not_finite(run, folder) or stopped
             asked, due = map(int, run.ranks.reduce([stop.number, saver.due()], "MAX"))
             if run.ranks.rank == 0 and (run.step % log_every == 0 or run.step == steps or stopped or "valid_finite" in row):
+                row["waiting"] = run.waiting()
                 log(folder, board, run.step, row)
                 bar.set_postfix_str(progress_line(run, row))
             if run.step % saver.steps == 0 or run.step == steps or stopped or asked or due:
@@ -126,10 +127,10 @@ def prepare(config: PretrainConfig, folder: Path, corpus: Corpus | None, progres
     def on_rank_zero():
         precision = precision_for(config, folder, ranks.device)
         run = build(precision)
-        if run.health_split != "valid":
+        if run.feed.watched != "valid":
             print(f"{corpus.name!r} has no utterance in its valid split: "
                   "the numbers called valid_… are of clips that the run is trained on.")
-        return [precision, check_record(run, corpus, folder)]
+        return [precision, check_record(run, folder)]
 
     precision, stages = ranks.on_rank_zero(on_rank_zero)
     run = made[0] if made else build(precision)
@@ -166,13 +167,15 @@ class Saver:
 PATIENCE = 10  # steps in a row that may be skipped
 
 
-def not_finite(run: Run, patience: int = PATIENCE) -> str | None: # the reason in a sentence, or None
-    "Why a run should stop that skips one step after the other."
+def not_finite(run: Run, folder: Path, patience: int = PATIENCE) -> str | None: # the reason in a sentence, or None
+    "Why a run should stop that skips one step after the other; the last batch whose loss was not finite is kept."
     last = run.last_finite[0]
     if (streak := run.step - last) < patience:
         return None
+    if run.odd is not None:
+        save_odd_batch(run.odd, folder / f"batch-not-finite-rank{run.ranks.rank}.safetensors")
     return (f"{streak} steps in a row gave a loss or a gradient that is not finite (from step {last + 1} on); "
-            f"the state of step {last} is kept. Lower the learning rate or train in float32; "
+            f"the state of step {last} is kept, and the last such batch in batch-not-finite-rank….safetensors. Lower the learning rate or train in float32; "
             "if the cause was outside the run, the same command resumes from there")
 
 
@@ -216,4 +219,5 @@ def progress_line(run: Run, row: dict) -> str:
     "The text after the progress bar."
     skipped = f", {run.skipped} steps skipped" if run.skipped else ""
     audio = f"{run.hours():.2f} h of audio, {run.epochs():.1f} epochs"
-    return f"loss {row['loss']:.2f}, masked accuracy {row.get('masked_accuracy', math.nan):.3f}, {audio}{skipped}"
+    waiting = f", {row['waiting']:.0%} waiting for data" if row.get("waiting", 0) > 0.05 else ""
+    return f"loss {row['loss']:.2f}, masked accuracy {row.get('masked_accuracy', math.nan):.3f}, {audio}{waiting}{skipped}"

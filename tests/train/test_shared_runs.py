@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from madeup import steps_of
 
 from essl_nb.core.config import to_json
-from essl_nb.core.files import load_tensors, read_json, read_lines
+from essl_nb.core.files import load_tensors, read_json
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import list_mixers, mixers
 from essl_nb.models.block import blocks
@@ -128,7 +129,7 @@ def test_all_processes_hold_the_same_weights(shared):
 def test_two_processes_give_what_one_gives_with_two_batches_a_step(shared):
     one = load_tensors(shared / "one" / "encoder" / "model.safetensors")
     assert near(one, weights(shared / "two", 0))
-    rows = [read_lines(shared / f / "metrics.jsonl")[0] for f in ("one", "two")]
+    rows = [steps_of(shared / f) for f in ("one", "two")]
     assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(*rows):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4) for k in a)
@@ -154,7 +155,7 @@ def test_a_stop_of_one_process_stops_all_and_the_run_goes_on_exactly(clips, tmp_
     assert not (tmp_path / "asked" / "result.json").exists()
     assert together(config, tmp_path / "asked")[0] == [0, 0]
     a, b = (read_json(tmp_path / f / "result.json")["value"] for f in ("straight", "asked"))
-    assert a == b and read_lines(tmp_path / "straight" / "metrics.jsonl") == read_lines(tmp_path / "asked" / "metrics.jsonl")
+    assert a == b and steps_of(tmp_path / "straight") == steps_of(tmp_path / "asked")
 
 
 def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(clips, tmp_path):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from madeup import steps_of
 
 from essl_nb.core.config import from_json, to_json
 from essl_nb.core.files import read_lines, save_tensors
@@ -21,7 +22,7 @@ from essl_nb.train import folder as folder_module
 from essl_nb.train import loop
 from essl_nb.train.config import PretrainConfig
 from essl_nb.train.loop import pretrain
-from essl_nb.train.step import BATCHING
+from essl_nb.train.feed import BATCHING
 
 NAMES = list_mixers()
 
@@ -95,7 +96,7 @@ def test_a_run_killed_outright_ends_as_one_that_was_not(folder_of_clips, tmp_pat
     quiet(config, tmp_path / "killed")
     a, b = (json.loads((tmp_path / f / "result.json").read_text())["value"] for f in ("straight", "killed"))
     assert a == b
-    assert read_lines(tmp_path / "straight" / "metrics.jsonl") == read_lines(tmp_path / "killed" / "metrics.jsonl")
+    assert steps_of(tmp_path / "straight") == steps_of(tmp_path / "killed")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(folder_of_clips, tmp_path, monkeypatch):
