@@ -73,7 +73,7 @@ class PretrainConfig:
 
     def masked(self): # Masking
         "Which frames are hidden. Raises EsslError for a preset that is unknown and for numbers out of range."
-        from essl_nb.objectives.spans import Masking
+        from essl_nb.objectives.spans import SpanConfig
 
         given = dict(self.masking) or dict(seconds=self.span_seconds, share=self.span_share)
-        return Masking.of(**given)
+        return SpanConfig(**given)

@@ -239,7 +239,9 @@ dist.destroy_process_group()
 
 def test_the_network_trains_sharded_as_it_does_alone():
     env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    command = [sys.executable, "-c", SHARDED, os.path.dirname(__file__)]
+    here = os.path.dirname(__file__)
+    command = [sys.executable, "-c", SHARDED, here]
+    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(here), *filter(None, [env.get("PYTHONPATH")])])
     started = [subprocess.Popen(command, env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(2)]
     errors = [p.communicate(timeout=150)[1] for p in started]
     assert [p.returncode for p in started] == [0, 0], errors
