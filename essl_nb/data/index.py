@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 from ..core.config import content_hash
 from ..core.files import explain_write_error, locked, read_json, write_json
 from ..core.registry import EsslError, nearest
-from .audio import MIN_SECONDS
 from .corpus import Corpus, split_of
 from .excerpts import Sound, load_part, load_sound, sound_length
 from .features import in_cache, in_order, listing, thread_count
@@ -299,6 +298,7 @@ def write_index(
     *,
     shards: list | None = None, # paths of the shards, relative to the root
     split: str | None = None, # the split of clips that name none; None: 80 % train, 10 % valid, 10 % test, by their ids
+    faults: dict | None = None, # id or shard → why it cannot be used; `clips` may fill it while it runs
     progress: str | None = None, # what a bar says; None = no bar
 ) -> ClipIndex:
     "Write an index, atomically. Raises EsslError where there are no clips, ids occur twice, or no clip can be read."
@@ -308,7 +308,8 @@ def write_index(
             writer.add(clip if clip.split else clip._replace(split=split or split_of(clip.id)))
         writer.close()
         paths = columns(part, ("path",))["path"]
-        left_out = measure(part, lambda i: Sound(os.path.join(root, paths[i])))
+        left_out = {} if faults is None else faults
+        left_out |= measure(part, lambda i: Sound(os.path.join(root, paths[i])))
         seconds = mapped(part / "seconds", NUMBERS["seconds"])
         if not (seconds > 0).any():
             raise EsslError(f"{name} has no clip that can be used ({writer.count} listed). {listing(list(left_out.values()), ' ', 3)}")
