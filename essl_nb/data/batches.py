@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     mel: Tensor  # (B,T,F) float32, zeros in the pads
     lengths: Tensor  # (B,) int64 mel frames
     targets: dict  # name → (B,⌈T/stride⌉,…), zeros in the pads
+    faults: tuple = ()  # of (id, why): clips that were to be in it and could not be used
 
 # %% ../../nbs/data/07_batches.ipynb #767ef260
 class ClipChunk(NamedTuple):
