@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -174,15 +174,13 @@ def shard(
     blocks, # modules in it that are gathered one at a time
     *,
     optimiser=None, # of its parameters
-    precision: str = "fp32", # of the run: fp32 or bf16
     device: str = "cpu", # kind of device of all ranks
 ) -> nn.Module: # the same
     "Shard a network over all ranks, in place (FSDP2)."
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     old = dict(network.named_parameters())
     for block in blocks:
-        fully_shard(block, mesh=mesh, **({"mp_policy": half} if precision == "bf16" else {}))
+        fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh, reshard_after_forward=False)
     if optimiser is not None:
         follow(optimiser, old, dict(network.named_parameters()))
@@ -196,7 +194,6 @@ def parallelise(
     blocks=(), # modules in it that fsdp2 gathers one at a time
     *,
     optimiser=None, # of its parameters
-    precision: str = "fp32", # of the run: fp32 or bf16
 ) -> nn.Module: # to be called in training; the network itself on one process and with fsdp2
     "A network whose gradients are averaged over all ranks from now on; to be called in all of them at the same time. Raises EsslError for another word."
     if how not in PARALLEL:
@@ -205,7 +202,7 @@ def parallelise(
         return network
     if how == "ddp":
         return DistributedDataParallel(network, find_unused_parameters=True)
-    return shard(network, blocks, optimiser=optimiser, precision=precision, device=ranks.device.type)
+    return shard(network, blocks, optimiser=optimiser, device=ranks.device.type)
 
 
 def is_sharded(network: nn.Module) -> bool:
