@@ -562,7 +562,7 @@ def conduct(a: argparse.Namespace, scratch: Path) -> int:
             card = re.sub(r"[^a-z0-9]+", "_", place["machine"].get("gpu", a.device).lower()).strip("_")
             default = ROOT / "results/gpu" / card if a.device == "cuda" else Path(tempfile.gettempdir()) / f"essl-gpu-{card}"
             run.rows = rows = Rows(a.out or default / "rows.jsonl")
-            rows.add({"step": "head", "arguments": sys.argv[1:], "budget_s": a.budget, "workers": run.size, "wheels": wheels, **place})
+            rows.add({"step": "head", "arguments": [Path(v).name if v.startswith("/") else v for v in sys.argv[1:]], "budget_s": a.budget, "workers": run.size, "wheels": wheels, **place})
             print(f"{card}: {len(cases)} cases, rows in {rows.path}; {run.size} children, {a.budget:g} s", flush=True)
             for step in a.only:
                 run.step(step, [c for c in cases if c["step"] == step])

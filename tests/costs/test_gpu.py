@@ -373,3 +373,21 @@ def test_a_command_offers_the_device(name):
     from essl_nb.core import command
 
     assert "device" in [a for a, *_ in command.signature(getattr(command, name).module, name)[1]]
+
+
+def test_timed_rows_are_read_and_the_newest_of_a_point_counts(tmp_path):
+    from essl_nb.costs.gpu_cases import load_gpu
+    from essl_nb.viz.recurrent import gpu_figure
+
+    with pytest.raises(EsslError, match="tools/gpu.py"):
+        load_gpu(tmp_path)
+    point = dict(step="b", kind="recurrent", name="GRU", layers=1, directions=2, hidden=512, batch=8, precision="bf16", frames=500)
+    row = point | {"pass": "forward+backward", "time_low": 1.0, "time_high": 3.0, "first_over_it": 0.5}
+    rows = [dict(step="head", machine=dict(gpu="a card")), row | dict(time_s=1.0), row | dict(time_s=2.0),
+            point | dict(dropped="no time"), point | dict(name="LSTM", failed="no memory")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    table = load_gpu(tmp_path)
+    assert list(table.time_s) == [2.0] and list(table.card) == ["a card"]
+    assert len(gpu_figure(table).data) == 1
+    with pytest.raises(EsslError, match="'forward'"):
+        gpu_figure(table, which="forward")
