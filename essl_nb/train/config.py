@@ -9,7 +9,7 @@ __all__ = ['Batching', 'BATCHINGS', 'Precision', 'Reading', 'PretrainConfig']
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ..core.config import check_options, check_types, later
+from ..core.config import check_options, check_types, from_json, later
 from ..core.registry import EsslError
 from ..models.config import EncoderConfig
 
@@ -73,7 +73,10 @@ class PretrainConfig:
 
     def masked(self): # Masking
         "Which frames are hidden. Raises EsslError for a preset that is unknown and for numbers out of range."
-        from essl_nb.objectives.spans import SpanConfig
+        from essl_nb.objectives.masking import Masking, named_masking
 
-        given = dict(self.masking) or dict(seconds=self.span_seconds, share=self.span_share)
-        return SpanConfig(**given)
+        given = dict(self.masking)
+        if not given:
+            return Masking(self.span_seconds, share=self.span_share)
+        preset = given.pop("preset", None)
+        return named_masking(preset, **given) if preset else from_json(Masking, given, "masking")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'sole_run', 'flat', 'settings_of', 'finished_steps', 'check_folder', 'prolong', 'record_of', 'same_run',
-           'precision_for', 'check_record', 'save_state', 'restore_state', 'save_odd_batch', 'forget_after',
-           'save_whole', 'finish']
+           'precision_for', 'check_record', 'save_state', 'faults_so_far', 'restore_state', 'save_odd_batch',
+           'forget_after', 'save_whole', 'finish']
 
 # %% ../../nbs/train/05_folder.ipynb #8cc36d3c
 import json
@@ -20,13 +20,14 @@ from ..core.config import from_json, to_json
 from ..core.files import Busy, keep_lines, load_tensors, locked, read_json, read_lines, save_tensors, write_json
 from ..core.precision import choose_precision
 from ..core.registry import EsslError
+from ..data.streams import Faults
 from ..models.checkpoint import weights_hash
 from .config import PretrainConfig
 from .optim import optimiser_tensors, restore_optimiser
 from .step import Run
 
 # %% ../../nbs/train/05_folder.ipynb #cf407a4b
-OWN = ("run.json", "metrics.jsonl", "last.safetensors", "result.json", "encoder")
+OWN = ("run.json", "metrics.jsonl", "last.safetensors", "faults.json", "result.json", "encoder")
 
 
 @contextmanager
@@ -169,7 +170,17 @@ def save_state(run: Run, folder: Path) -> bool: # whether it could be
     tensors = {f"{part}/{k}": v for part, named in parts.items() for k, v in named.items()}
     tensors.update(zip(("step", "skipped", "frames"), map(torch.tensor, run.last_finite)))
     save_tensors(folder / "last.safetensors", tensors)
+    if run.reader is not None and len(run.reader.faults):
+        write_json(folder / "faults.json", run.reader.faults.state())
     return True
+
+
+def faults_so_far(folder: Path, max_share: float) -> Faults:
+    "The unusable clips that a run has met, to go on counting."
+    faults = Faults(max_share)
+    if (folder / "faults.json").exists():
+        faults.restore(read_json(folder / "faults.json"))
+    return faults
 
 
 def restore_state(run: Run, folder: Path):

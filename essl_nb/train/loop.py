@@ -19,10 +19,11 @@ from ..core.files import append_line, explain_write_error
 from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from ..core.stop import noticing_stops
-from ..data.corpus import Corpus, load_corpus
+from ..data.corpus import Corpus
+from ..data.index import ClipIndex
 from ..objectives.health import collapsed
 from .config import PretrainConfig
-from .folder import (check_folder, check_record, finish, finished_steps, forget_after, precision_for, restore_state,
+from .folder import (check_folder, check_record, faults_so_far, finish, finished_steps, forget_after, precision_for, restore_state,
                                   save_odd_batch, save_state, sole_run)
 from .step import Ranks, Run, health_report, train_step
 
@@ -31,7 +32,7 @@ def pretrain(
     config: PretrainConfig, # what is trained, and how
     folder, # the run's folder; the same folder again resumes it
     *,
-    corpus: Corpus | None = None, # a corpus already loaded; by default config.corpus is
+    corpus: Corpus | ClipIndex | None = None, # a corpus already loaded; by default config.corpus is
     resume: bool = True, # resume from last.safetensors where there is one
     progress: bool = True, # a bar with the time left
     device: str = "auto", # cpu, cuda, or auto: cuda where there is one
@@ -41,14 +42,16 @@ def pretrain(
     save_minutes: float | None = 10.0, # the state is also saved after so many minutes; None: after steps only
     keep_state: bool = True, # leave last.safetensors when the run is finished, so that it can be prolonged
     tensorboard: bool = False, # write tensorboard/ too (needs the tensorboard package)
+    workers: int = 0, # processes that read batches ahead; the batches are the same with any number
+    max_fault_share: float = 0.01, # of the clips of a streamed corpus that may be unusable before the run stops
 ) -> Path: # the run's folder, with encoder/ and result.json in it
     "Pre-train an encoder. Raises EsslError for a folder of another run or data, an unknown name, a full disk; KeyboardInterrupt or SystemExit, with the state saved, when asked to stop."
     for name, value in dict(log_every=log_every, watch_every=watch_every, save_every=save_every).items():
         if value < 1:
             raise EsslError(f"{name}={value} was given; it must be at least 1.")
     expect(config, PretrainConfig, "PretrainConfig(EncoderConfig('attention'))", "config")
-    if corpus is not None:
-        expect(corpus, Corpus, "load_corpus('bundled')", "corpus")
+    if corpus is not None and not isinstance(corpus, ClipIndex):
+        expect(corpus, Corpus, "load_corpus('bundled') or open_index('shards/*.tar')", "corpus")
     folder, ranks = Path(folder), Ranks(device)
     with plain_torch(), ExitStack() as stack:
         stack.callback(ranks.end)
@@ -59,6 +62,7 @@ def pretrain(
             return folder
         run = prepare(config, folder, corpus, progress, ranks)
         board = stack.enter_context(closing(open_board(folder, run.step))) if tensorboard and ranks.rank == 0 else None
+        stack.enter_context(run.read_ahead(workers=workers, faults=faults_so_far(folder, max_fault_share)))
         started, first = time.perf_counter(), run.step
         run.encoder.train()
         stop = stack.enter_context(noticing_stops())
@@ -70,6 +74,8 @@ def pretrain(
             ranks.on_rank_zero(lambda: finish(run, folder, health or {}, stopped, made))
             if complete and not stopped and not keep_state and ranks.rank == 0:
                 (folder / "last.safetensors").unlink(missing_ok=True)
+        if len(run.reader.faults) and ranks.rank == 0:
+            print(run.reader.faults)
         if stopped and ranks.rank == 0:
             print(f"Stopped at step {run.step}: {stopped}.")
         if asked:
@@ -106,7 +112,7 @@ def train(
             stopped = not_finite(run, folder) or stopped
             asked, due = map(int, run.ranks.reduce([stop.number, saver.due()], "MAX"))
             if run.ranks.rank == 0 and (run.step % log_every == 0 or run.step == steps or stopped or "valid_finite" in row):
-                row["waiting"] = run.waiting()
+                row["waiting"] = run.reader.waiting_share()
                 log(folder, board, run.step, row)
                 bar.set_postfix_str(progress_line(run, row))
             if run.step % saver.steps == 0 or run.step == steps or stopped or asked or due:
@@ -118,7 +124,7 @@ def train(
 # %% ../../nbs/train/06_loop.ipynb #f1a0f9a8
 def prepare(config: PretrainConfig, folder: Path, corpus: Corpus | None, progress: bool, ranks: Ranks) -> Run:
     "Everything that training needs, at the step that was saved last. Rank 0 runs first: it checks the folder and fills the caches."
-    corpus, made = load_corpus(config.corpus) if corpus is None else corpus, []
+    made = []
 
     def build(precision):
         made.append(Run(config, corpus, ranks.device, progress and ranks.rank == 0, ranks=ranks, precision=precision))
@@ -128,7 +134,7 @@ def prepare(config: PretrainConfig, folder: Path, corpus: Corpus | None, progres
         precision = precision_for(config, folder, ranks.device)
         run = build(precision)
         if run.feed.watched != "valid":
-            print(f"{corpus.name!r} has no utterance in its valid split: "
+            print("The corpus has no clip in its valid split: "
                   "the numbers called valid_… are of clips that the run is trained on.")
         return [precision, check_record(run, folder)]
 
