@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMER', 'LAYER', 'POSITION', 'HIDDEN', 'STACKED', 'MODULES', 'TENSORS', 'WRAPPINGS', 'OTHERS', 'HEADS',
-           'NOISE_SAMPLES', 'SAME', 'ONLY', 'KINDS', 'torchaudio_names', 'plain_names', 'conformer_options',
-           'config_of', 'load_plain', 'prove_same', 'from_torchaudio', 'check_settings', 'from_settings',
-           'from_transformers', 'to_torchaudio']
+           'NOISE_SAMPLES', 'SAME', 'ONLY', 'KINDS', 'torchaudio_names', 'unwrapped', 'plain_names',
+           'conformer_options', 'config_of', 'load_plain', 'prove_same', 'from_torchaudio', 'check_settings',
+           'from_settings', 'from_transformers', 'to_torchaudio']
 
 # %% ../../nbs/models/13_wav2vec2.ipynb #00e52316
 import copy
@@ -67,6 +67,13 @@ WRAPPINGS = ("wav2vec2.", "wav2vec2_conformer.", "hubert.", "data2vec_audio.", "
 OTHERS = ("aux.", "logit_generator.", "lm_head.", "quantizer.", "project_q.", "project_hid.", "projector.", "classifier.", "layer_weights", "mask_generator.")  # heads, and what only their training needs
 
 
+def unwrapped(name: str) -> str:
+    "A tensor's name without the names of wrapping models."
+    while name.startswith(WRAPPINGS):
+        name = name.split(".", 1)[1]
+    return name
+
+
 def plain_names(
     tensors: dict, # name → tensor, as published
 ) -> dict: # the same with torchaudio's present names, without heads
@@ -74,8 +81,7 @@ def plain_names(
     kept = {}
     hugging = any("feature_projection." in name and "encoder.feature_projection." not in name for name in tensors)
     for name, tensor in tensors.items():
-        while name.startswith(WRAPPINGS):
-            name = name.split(".", 1)[1]
+        name = unwrapped(name)
         if hugging:
             name = HIDDEN if name == "masked_spec_embed" else re.sub(r"^encoder\.", TRANSFORMER, name)
             name = re.sub(r"^feature_projection\.", "encoder.feature_projection.", name)
