@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from .objective import (Loss, Objective, accuracy, centres, hidden_and_seen, mean_cross_entropy, objectives,
+from .objective import (Loss, Objective, accuracy, hidden_and_seen, mean_cross_entropy, objectives,
                                    stack_context)
 
 # %% ../../nbs/objectives/03_bestrq.ipynb #ce2e3c28
@@ -64,8 +64,9 @@ class BestRQ(Objective):
         stack: int | None = None, # mel frames in a stacked frame; None = stride
         code_dim: int = 16, # d
         codebook: int = 8192, # V, at most 32767
+        first: int = 0, # mel frame at the centre of encoder frame 0
     ):
-        super().__init__(dim, stride=stride, n_mels=n_mels)
+        super().__init__(dim, stride=stride, n_mels=n_mels, first=first)
         if not 2 <= codebook <= 32767:
             raise EsslError(f"codebook must lie between 2 and 32767, the range of a 16-bit code; got {codebook}.")
         stack = stride if stack is None else stack
@@ -89,7 +90,7 @@ class BestRQ(Objective):
         mel: Tensor, # (T,F) raw log-mel of one whole utterance
     ) -> dict: # codes (T',) int16
         "The codes of the stacked frames."
-        x = stack_context((mel - self.mel_mean) / self.mel_std, self.offsets, centres(len(mel), self.stride))  # (T',stack*F)
+        x = stack_context((mel - self.mel_mean) / self.mel_std, self.offsets, self.centres(len(mel)))  # (T',stack*F)
         return {"codes": quantise(x, self.projection, self.codebook).to(torch.int16)}
 
     def logits(self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from .objective import (Loss, Objective, accuracy, centres, draw_share, hidden_and_seen, mean_cross_entropy,
+from .objective import (Loss, Objective, accuracy, draw_share, hidden_and_seen, mean_cross_entropy,
                                    mean_squared_error, objectives, sample_frames, stack_context)
 
 # %% ../../nbs/objectives/04_clusters.ipynb #698d3b3a
@@ -175,8 +175,9 @@ class Clusters(Objective):
         unmasked_weight: float = 1.0, # of the cross-entropy at visible frames
         unmasked_share: float = 0.4, # of the visible frames, sampled at each step
         regression_weight: float = 3.0, # of the regression, hidden and visible in equal parts
+        first: int = 0, # mel frame at the centre of encoder frame 0
     ):
-        super().__init__(dim, stride=stride, n_mels=n_mels)
+        super().__init__(dim, stride=stride, n_mels=n_mels, first=first)
         if not 2 <= clusters <= 32767:
             raise EsslError(f"clusters must lie between 2 and 32767, the range of a 16-bit code; got {clusters}.")
         if not 0 <= unmasked_share <= 1:
@@ -223,7 +224,7 @@ class Clusters(Objective):
         mel: Tensor, # (T,F) raw log-mel of one whole utterance
     ) -> dict: # codes (T',) int16, context (T',components) float16
         "The cluster of each encoder frame, and the regression target."
-        at = centres(len(mel), self.stride)  # (T',)
+        at = self.centres(len(mel))  # (T',)
         codes, _ = nearest_centroid(self.near(self.cepstra(mel), at), self.centroids)
         return {"codes": codes.to(torch.int16), "context": self.wide(self.spectrum(mel), at).to(torch.float16)}
 

@@ -21,7 +21,7 @@ from ..core.registry import EsslError, Registry, nearest
 class Loss(NamedTuple):
     "What an objective returns."
     total: Tensor  # () float32, with gradient
-    parts: dict[str, Tensor]  # named () float32 values without gradient, "masked_accuracy" among them
+    parts: dict[str, Tensor]  # named () float32 values without gradient; "masked_accuracy" where hidden frames are classified
 
 
 objectives = Registry("objective", home=("essl_nb.objectives",))
@@ -35,9 +35,10 @@ def list_objectives() -> list: # sorted names
 def centres(
     T: int, # mel frames of an utterance
     stride: int, # mel frames per encoder frame
+    first: int = 0, # mel frame at the centre of encoder frame 0
 ) -> Tensor: # ((T-1)//stride+1,) int64
-    "The mel frame at the centre of each encoder frame."
-    return torch.arange(0, T, stride)
+    "The mel frame at the centre of each encoder frame, at most the last one."
+    return (torch.arange(0, T, stride) + first).clamp_(max=max(T - 1, 0))
 
 
 def stack_context(
@@ -105,16 +106,20 @@ def sample_frames(
 
 # %% ../../nbs/objectives/02_objective.ipynb #f88e4af1
 class Objective(nn.Module):
-    "Base of all objectives: targets learnt once, labels per utterance, a loss per batch."
+    "Base of all objectives: targets learnt once or made of the batch, labels per utterance, a loss per batch."
+    stored = True  # whether `label` makes targets before training
+    online = False  # whether `online_targets` makes targets of each batch
+    copies = 1  # maskings of each utterance in one forward pass
 
     def __init__(self,
         dim: int, # D, width of the encoder's frames
         *,
         stride: int = 2, # mel frames per encoder frame
         n_mels: int = 80, # F, mel bins
+        first: int = 0, # mel frame at the centre of encoder frame 0
     ):
         super().__init__()
-        self.dim, self.stride, self.n_mels = dim, stride, n_mels
+        self.dim, self.stride, self.n_mels, self.first = dim, stride, n_mels, first
         self.register_buffer("mel_mean", torch.zeros(n_mels))
         self.register_buffer("mel_std", torch.ones(n_mels))
         self.register_buffer("fitted", torch.tensor(False))
@@ -142,9 +147,9 @@ class Objective(nn.Module):
     def draw_heads(self,
         generator: torch.Generator, # for sampling
     ):
-        "Initialise every linear head."
+        "Initialise every linear head that learns."
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.weight.requires_grad:
                 std = 0.7 / module.in_features**0.5
                 weight = torch.empty(module.weight.shape)
                 nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
@@ -154,13 +159,13 @@ class Objective(nn.Module):
     @torch.no_grad()
     def label(self,
         mel: Tensor, # (T,F) raw log-mel of one whole utterance
-    ) -> dict: # of tensors (T',…) on mel's device, T' = (T-1)//stride+1
+    ) -> dict: # of tensors (T',…) on mel's device, T' = (T-1)//stride+1; empty where targets are not stored
         "Targets of one utterance. Raises EsslError where the objective was not fitted or the features do not fit."
         if not bool(self.fitted):
             raise EsslError(f"{type(self).__name__} was not fitted; call fit(features, ids, generator=…) first.")
         if mel.ndim != 2 or mel.shape[1] != self.n_mels or not len(mel):
             raise EsslError(f"label takes one utterance of (T,{self.n_mels}) log-mel frames, T ≥ 1; got {tuple(mel.shape)}.")
-        made = self.targets(mel.to(self.mel_mean.device).float())
+        made = self.targets(mel.to(self.mel_mean.device).float()) if self.stored else {}
         return {name: value.to(mel.device) for name, value in made.items()}
 
     def fit_targets(self,
@@ -169,6 +174,12 @@ class Objective(nn.Module):
         generator: torch.Generator, # for sampling
     ):
         "Fill the buffers that `targets` needs; an objective that learns nothing leaves this out."
+
+    def centres(self,
+        T: int, # mel frames of an utterance
+    ) -> Tensor: # ((T-1)//stride+1,) int64
+        "The mel frame at the centre of each encoder frame."
+        return centres(T, self.stride, self.first)
 
     def targets(self,
         mel: Tensor, # (T,F) float32 raw log-mel of one whole utterance
@@ -183,7 +194,7 @@ class Objective(nn.Module):
 
     def forward(self,
         frames: Tensor, # (B,T,D) of the encoder
-        targets: dict, # of (B,T,…), from label
+        targets: dict, # of (B,T,…), from label and online_targets
         span: Tensor, # (B,T) bool, True = hidden
         mask: Tensor | None = None, # (B,T) bool, True = real; None = all real
         *,
@@ -191,6 +202,35 @@ class Objective(nn.Module):
     ) -> Loss:
         "The loss of a batch."
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def identity(self) -> dict: # of plain values
+        "What stored targets depend on besides the options, the code and the data."
+        return {}
+
+    def begin(self,
+        encoder, # from `build_encoder`, on its device
+    ):
+        "Called once, when the run is made."
+
+    def at_step(self,
+        step: int, # optimiser steps done
+        steps: int, # of the whole run
+    ):
+        "Called before every optimiser step."
+
+    def online_targets(self,
+        encoder, # the one that is trained
+        raw: Tensor, # (B,T,F) raw features, nothing hidden
+        lengths: Tensor | None, # (B,) real raw features of each; None = all
+        mask: Tensor | None, # (B,T') bool at the encoder's rate, True = real; None = all real
+    ) -> dict: # of (B,T',…), for `forward`
+        "Targets made of the batch itself."
+        return {}
+
+    def after_step(self,
+        encoder, # with its new weights
+    ):
+        "Called after every optimiser step that changed weights."
 
 # %% ../../nbs/objectives/02_objective.ipynb #179bf563
 def hidden_and_seen(
@@ -221,7 +261,9 @@ def build_objective(
     "An objective, not yet fitted. Raises UnknownName for an unknown name, EsslError for an unknown option."
     made = objectives.get(name).obj
     allowed = set(inspect.signature(made.__init__).parameters) - {"self", "dim"}
-    for option in options:
+    if options.get("first") and "first" not in allowed:
+        raise EsslError(f"The objective {name!r} aligns its targets with front ends over log-mel only; take such a front end, or give it an option `first`.")
+    for option in [o for o in options if o != "first"]:
         if option not in allowed:
             raise EsslError(f"The objective {name!r} has no option {option!r}: {nearest(option, allowed)}.")
-    return made(dim, **options)
+    return made(dim, **{k: v for k, v in options.items() if k in allowed})
