@@ -17,7 +17,8 @@ from ..core.registry import EsslError
 from .encoder import Encoder, load_encoder
 from .hub import download
 from .swap import Inherited, with_mixer
-from .wav2vec2 import from_settings, from_torchaudio, plain_names, unwrapped
+from .wav2vec2 import HIDDEN, KINDS, OTHERS, from_settings, from_torchaudio, unwrapped
+from .wav2vec2_conformer import is_conformer
 
 # %% ../../nbs/models/13b_published.ipynb #ef9e3eda
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -55,7 +56,7 @@ def read_weights(
     return tensors
 
 # %% ../../nbs/models/13b_published.ipynb #1567cb00
-DEFAULTS = dict(hidden_act="gelu", num_attention_heads=12, do_stable_layer_norm=False, feat_extract_norm="group")
+DEFAULTS = dict(hidden_act="gelu", num_attention_heads=12, do_stable_layer_norm=False)
 
 
 def read_settings(
@@ -67,8 +68,8 @@ def read_settings(
     found = read_json(folder / "config.json")
     if "model_type" not in found:
         return None
-    defaults = {k: v for k, v in DEFAULTS.items() if not (k == "feat_extract_norm" and found["model_type"] == "data2vec-audio")}
-    return SimpleNamespace(**(defaults | found))
+    norm = {"feat_extract_norm": "group"} if found["model_type"] in KINDS and found["model_type"] != "data2vec-audio" else {}
+    return SimpleNamespace(**(DEFAULTS | norm | found))
 
 
 def stored_normalise(folder: Path) -> bool | None: # None where nothing is stored
@@ -89,10 +90,9 @@ class Published(NamedTuple):
 
 
 def without_place(tensors: dict) -> dict: # name → numbers
-    "Heads and quantisers, which an encoder has not."
-    kept = set(plain_names({name: t for name, t in tensors.items()}))
-    heads = {unwrapped(name): t for name, t in tensors.items() if not plain_names({name: t})}
-    return {name: t.numel() for name, t in heads.items() if name not in kept}
+    "Heads and quantisers, which an encoder has not, and what is stored but not computed with."
+    names, conformer = {unwrapped(name): t.numel() for name, t in tensors.items()}, is_conformer(tensors)
+    return {n: count for n, count in names.items() if n != HIDDEN and n.startswith(OTHERS) or conformer and ".pos_conv_embed." in n}
 
 
 def open_published(
@@ -101,15 +101,12 @@ def open_published(
 ) -> tuple: # Encoder with its own mixer; dict of what has no place in it
     "Read what is on the disk. Raises EsslError for what cannot be read."
     refuse_pickled(path)
-    folder = path if path.is_dir() else path.parent
     if path.is_dir() and (path / "encoder" / "config.json").is_file():
         return load_encoder(path / "encoder"), {}
+    folder = path if path.is_dir() else path.parent
     settings = read_settings(folder)
-    if path.is_dir() and settings is None:
-        if not (path / "config.json").is_file() and not (path / "model.safetensors").is_file():
-            raise EsslError(f"{path} holds neither config.json nor model.safetensors; give the folder of a published model or of an encoder.")
-        if (path / "config.json").is_file():
-            return load_encoder(path), {}
+    if path.is_dir() and settings is None and (path / "config.json").is_file():
+        return load_encoder(path), {}
     tensors = read_weights(path) if path.is_dir() else load_tensors(path)
     normalise = stored_normalise(folder) if kw["normalise"] is None else kw["normalise"]
     if settings is None:
