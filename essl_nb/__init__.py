@@ -9,7 +9,7 @@ _HOME = {
     "list_mixers": "mixers.base", "build_mixer": "mixers.base", "check_mixer": "mixers.checks",
     "Mixer": "mixers.base",
     "EncoderConfig": "models.config", "Encoder": "models.encoder", "build_encoder": "models.encoder", "load_encoder": "models.encoder",
-    "from_torchaudio": "models.wav2vec2", "from_transformers": "models.wav2vec2", "export_onnx": "models.export",
+    "from_torchaudio": "models.wav2vec2", "from_transformers": "models.wav2vec2", "from_published": "models.published", "export_onnx": "models.export",
     "LiGRU": "ligru.layer", "SLiGRU": "ligru.layer",
     "load_corpus": "data.corpus", "list_objectives": "objectives.objective",
     "PretrainConfig": "train.config", "pretrain": "train.loop",
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test keeps it in step with
     from .models.config import EncoderConfig as EncoderConfig
     from .models.encoder import Encoder as Encoder, build_encoder as build_encoder, load_encoder as load_encoder
     from .models.wav2vec2 import from_torchaudio as from_torchaudio, from_transformers as from_transformers
+    from .models.published import from_published as from_published
     from .models.export import export_onnx as export_onnx
     from .ligru.layer import LiGRU as LiGRU, SLiGRU as SLiGRU
     from .data.corpus import load_corpus as load_corpus

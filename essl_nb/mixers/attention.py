@@ -38,10 +38,12 @@ class Attention(Mixer):
         dim: int, # width D of the frames
         *,
         num_heads: int = 4, # heads H, each D/H wide
-        rotary: bool = True, # rotary positions for queries and keys
+        rotary: bool | str = True, # rotary positions for queries and keys; "frames": for the frames that both are projected from, as in published conformers
         causal: bool = False, # attend to this and earlier frames only
     ):
         super().__init__(dim, causal=causal)
+        if rotary not in (True, False, "frames"):
+            raise EsslError(f"rotary={rotary!r} was given; it can be True, False or 'frames'.")
         if num_heads < 1 or dim % num_heads or (rotary and dim // num_heads % 2):
             even = "an even number of times " if rotary else ""
             raise EsslError(f"num_heads={num_heads} does not fit dim={dim}: take a number of heads that goes into dim {even}without rest.")
@@ -51,7 +53,12 @@ class Attention(Mixer):
     def heads(self, x: Tensor, start: int | Tensor = 0) -> tuple: # q, k, v, each (B,H,T,K)
         "Queries, keys and values of frames that begin at position `start`."
         B, T, D = x.shape
-        q, k, v = (z.view(B, T, self.num_heads, -1).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
+        split = lambda z: z.view(B, T, self.num_heads, -1).transpose(1, 2)
+        if self.rotary == "frames":
+            rotated = rotate(split(x), start).transpose(1, 2).flatten(2)
+            (w, w_v), (b, b_v) = (p.split([2 * D, D]) for p in (self.qkv.weight, self.qkv.bias))
+            return (*map(split, F.linear(rotated, w, b).chunk(2, -1)), split(F.linear(x, w_v, b_v)))
+        q, k, v = map(split, self.qkv(x).chunk(3, -1))
         return (rotate(q, start), rotate(k, start), v) if self.rotary else (q, k, v)
 
     def join(self, y: Tensor) -> Tensor: # (B,H,T,K) → (B,T,D)

@@ -89,9 +89,13 @@ def read_checkpoint(
             "writes them (Encoder.from_pretrained downloads one from the hub)."
         )
     try:
-        config = from_json(EncoderConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
         raise EsslError(f"{folder / 'config.json'} is not JSON ({e}); copy or make the checkpoint again.") from e
+    if not isinstance(values, dict) or "mixer" not in values:
+        kind = f"of a {values['model_type']} of transformers (from_published opens wav2vec 2.0 and its relatives)" if isinstance(values, dict) and "model_type" in values else "of something else"
+        raise EsslError(f"{folder} holds no encoder of this project: its config.json is {kind}.")
+    config = from_json(EncoderConfig, values)
     stored = load_tensors(folder / "model.safetensors")
     scales = {name: stored.pop(name + SCALE) for name in list(stored) if name + SCALE in stored}
     kinds = {t.dtype for t in stored.values() if t.is_floating_point()}

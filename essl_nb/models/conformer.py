@@ -49,10 +49,12 @@ class ConvolutionModule(nn.Module):
         *,
         kernel: int = 31, # frames that each filter spans; odd unless causal
         causal: bool = False, # look back only
+        filter_norm: bool = True, # LayerNorm after the filter; False: none, for a published BatchNorm that is folded into the filter
     ):
         super().__init__()
         self.norm, self.inner = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
-        self.filter, self.filter_norm = DepthwiseConv(dim, kernel=kernel, causal=causal), nn.LayerNorm(dim)
+        self.filter = DepthwiseConv(dim, kernel=kernel, causal=causal)
+        self.filter_norm = nn.LayerNorm(dim) if filter_norm else nn.Identity()
         self.outer = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -76,11 +78,16 @@ class ConformerBlock(Block):
         dropout: float = 0.0, # share of features dropped after mixer, convolution and feed-forward layers
         causal: bool = False, # frames see only what has been
         kernel: int = 31, # frames that the convolution spans
+        filter_norm: bool = True, # LayerNorm after its filter; False: none
+        encoder_norm: str = "first", # the encoder's own norm stands before the first block, or "last": after the last one
     ):
+        if encoder_norm not in ("first", "last"):
+            raise EsslError(f"encoder_norm={encoder_norm!r} was given; it can be 'first' or 'last'.")
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, dropout=dropout, causal=causal)
         half = lambda: nn.Sequential(nn.LayerNorm(dim), FeedForward(dim, ff_mult=ff_mult, dropout=dropout, activation=nn.SiLU))
         self.first, self.last = half(), half()
-        self.convolution = ConvolutionModule(dim, kernel=kernel, causal=causal)
+        self.convolution = ConvolutionModule(dim, kernel=kernel, causal=causal, filter_norm=filter_norm)
+        self.norms_last = encoder_norm == "first"
         self.own_state_size = self.convolution.filter.past * dim
         self.norm = nn.LayerNorm(dim)
 

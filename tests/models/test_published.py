@@ -14,7 +14,14 @@ def published(kind="Wav2Vec2", head="Model", **changes):
     import transformers
 
     torch.manual_seed(0)
-    return getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**{**SMALL, **changes})).eval()
+    own = dict(hidden_act="swish") if "Conformer" in kind else {}
+    model = getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**{**SMALL, **own, **changes}))
+    for name, t in model.state_dict().items():  # what is 0 or 1 at the start would hide a mistake
+        if name.endswith(("bias", "pos_bias_u", "pos_bias_v", "running_mean", "norm.weight")):
+            t.add_(0.2 * torch.randn(t.shape))
+        elif name.endswith("running_var"):
+            t.mul_(torch.rand(t.shape) + 0.5)
+    return model.eval()
 
 
 @pytest.mark.parametrize("kind, head", [("Wav2Vec2", "Model"), ("Wav2Vec2", "ForCTC"), ("Wav2Vec2", "ForPreTraining"), ("Hubert", "Model"), ("Hubert", "ForCTC")])
@@ -26,7 +33,48 @@ def test_with_and_without_a_head_the_frames_are_the_models(kind, head):
     assert not model.training
 
 
+LAYOUTS = {  # name → kind, head, settings
+    "data2vec": ("Data2VecAudio", "Model", {}), "data2vec, CTC": ("Data2VecAudio", "ForCTC", {}),
+    "conformer, relative": ("Wav2Vec2Conformer", "Model", dict(position_embeddings_type="relative")),
+    "conformer, rotary": ("Wav2Vec2Conformer", "ForPreTraining", dict(position_embeddings_type="rotary", conv_depthwise_kernel_size=15)),
+    "conformer, no position": ("Wav2Vec2Conformer", "ForCTC", dict(vocab_size=30, position_embeddings_type=None, feat_extract_norm="layer", conv_bias=True)),
+    "wav2vec 2.0, group, pre-norm": ("Wav2Vec2", "Model", dict(do_stable_layer_norm=True)),
+    "wav2vec 2.0, layer, pre-norm": ("Wav2Vec2", "Model", dict(do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True)),
+    "HuBERT, layer, post-norm": ("Hubert", "Model", dict(feat_extract_norm="layer")),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layer_of_every_kind_is_the_models(layout):
+    kind, head, changes = LAYOUTS[layout]
+    model = published(kind, head, **changes)
+    inner = getattr(model, model.base_model_prefix, model)
+    normalised = (WAV - WAV.mean()) / (WAV.var(correction=0) + 1e-5).sqrt()
+    encoder = from_transformers(model)
+    with torch.no_grad():
+        ours = encoder(WAV)
+        theirs = inner(normalised if encoder.frontend.normalise else WAV, output_hidden_states=True)
+    torch.testing.assert_close(ours.frames, theirs.last_hidden_state, atol=1e-5, rtol=1e-4)
+    last = -1 if not encoder.norm_first else None  # the last of theirs comes after the last norm
+    for a, b in zip(ours.layers[:last], theirs.hidden_states[:last], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["data2vec", "conformer, relative", "conformer, rotary"])
+def test_padding_changes_nothing(layout):
+    kind, head, changes = LAYOUTS[layout]
+    encoder = from_transformers(published(kind, head, **changes))
+    batch = torch.full((2, 12000), torch.nan)
+    batch[0], batch[1, :8000] = 0.1, WAV[0]
+    with torch.no_grad():
+        single, padded = encoder(WAV).frames, encoder(batch, torch.tensor([12000, 8000])).frames[1:]
+    T = single.shape[1]
+    torch.testing.assert_close(padded[:, :T], single, atol=1e-5, rtol=1e-4)
+    assert not padded[:, T:].any()
+
+
 CHANGES = [
+    ("Wav2Vec2Conformer", dict(hidden_act="gelu")), ("Wav2Vec2Conformer", dict(rotary_embedding_base=500)), ("Data2VecAudio", dict(conv_pos_kernel_size=9)),
     ("Wav2Vec2", dict(hidden_act="relu")), ("Wav2Vec2", dict(feat_extract_activation="relu")), ("Wav2Vec2", dict(layer_norm_eps=1e-3)),
     ("Wav2Vec2", dict(conv_stride=(5, 2, 2, 2, 2, 2, 1))), ("Wav2Vec2", dict(add_adapter=True)), ("Wav2Vec2", dict(num_conv_pos_embeddings=64)),
     ("Wav2Vec2", dict(adapter_attn_dim=8, do_stable_layer_norm=True)), ("Hubert", dict(conv_pos_batch_norm=True)), ("Hubert", dict(feat_proj_layer_norm=False)),
