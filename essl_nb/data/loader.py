@@ -101,7 +101,7 @@ class Loader:
         self.waited, self.count, self.source = 0.0, 0, None  # seconds; batches
         self.marked = (time.perf_counter(), 0.0)
         kw = dict(prefetch_factor=prefetch, multiprocessing_context=method or ("fork" if sys.platform == "linux" else "spawn"), worker_init_fn=start_worker) if workers else {}
-        self.loader = DataLoader(self.data, batch_size=None, sampler=self.numbers, num_workers=workers, collate_fn=unchanged, pin_memory=pin, **kw)
+        self.loader = DataLoader(self.data, batch_size=None, sampler=self.numbers, num_workers=workers, collate_fn=unchanged, pin_memory=pin, generator=torch.Generator(), **kw)  # torch's own is left alone
 
     def start(self):
         "Start the workers."

@@ -52,7 +52,6 @@ class PretrainConfig:
         from essl_nb.objectives.objective import objectives
 
         check_options(objectives.get(self.objective).obj, self.objective_kw, "objective_kw")
-        self.masked()
         if self.reading == "stored" and not frontends.get(self.encoder.frontend).obj.stored:
             stored = ", ".join(e.name for e in frontends if e.obj.stored)
             raise EsslError(f"The front end {self.encoder.frontend!r} reads waveforms, and reading='stored' was given, which is of "
@@ -70,6 +69,7 @@ class PretrainConfig:
                 raise EsslError(f"{name}={value} was given; it must lie in [0, 1).")
         if not 0 < self.span_share < 1:
             raise EsslError(f"span_share={self.span_share} was given; it must lie between 0 and 1.")
+        self.masked()
 
     def masked(self): # Masking
         "Which frames are hidden. Raises EsslError for a preset that is unknown and for numbers out of range."

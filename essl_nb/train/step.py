@@ -238,8 +238,8 @@ class Run:
 def backward(run: Run, i: int, mine: range) -> dict: # numbers for the log, before they are averaged
     "Gradients of batch `i` of the step, averaged over the batches of this process; with the last of them the gradients of all processes are averaged."
     number = run.step * run.batches_per_step + i
+    batch = run.batch(number)
     with seeded(derive_seed(run.config.seed, "step", run.step, *([i] if i else [])), run.device) as generator:
-        batch = run.batch(number)
         local = run.wrapped.no_sync() if run.ranks.world > 1 and i != mine[-1] else nullcontext()
         with local:
             _, loss, span, mask = run.forward(batch, generator)
