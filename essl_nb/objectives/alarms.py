@@ -53,7 +53,7 @@ class Limits:
     silent_share: float = 0.5  # of the frames: speech with pauses has digital silence in few, a broken channel in all
     masked_share: float = 0.1  # of the frames: the recipes of the field hide 15 % (TERA) to 65 %, and one that hid 2 % learnt nothing
     rise: float = 1.25  # loss over its first value: batches differ by a tenth, divergence by a multiple
-    recovered: float = 0.9  # loss over its first value, from which on a rise counts as overcome
+    recovered: float = 0.7  # loss over its first value, below which a rise counts as overcome; healthy runs come to 0.6
     worse_than_uniform: float = 1.1  # masked loss over that of a uniform guess, ln V: sure of what is wrong
     skipped: float = 0.05  # share of the steps that were not finite: mixed precision skips some at its start
     recurrent_bound: float = 10.0  # healthy Light GRUs of the shipped study reach 3
@@ -146,7 +146,7 @@ def mask_too_small(log: RunLog) -> Alarm | None:
 
 
 def rate_too_high(log: RunLog) -> Alarm | None:
-    "Steps that are not finite, a loss that rose above its first value and did not recover, or one above that of a uniform guess."
+    "Steps that are not finite, a loss that rose above its first value and did not recover or left a collapse, or one above that of a uniform guess."
     name, limits = "learning rate too high", log.limits
     steps, finite = log.series("valid_finite")
     if (step := since(steps, finite == 0)) is not None:
@@ -158,7 +158,8 @@ def rate_too_high(log: RunLog) -> Alarm | None:
     steps, loss = log.series("loss")
     if len(loss) >= limits.few and loss[0] > 0:
         mean = trailing_mean(loss, limits.few)
-        wrong = (np.maximum.accumulate(mean) >= limits.rise * loss[0]) & (mean > limits.recovered * loss[0])
+        hurt = any(check(log) for check in (one_prediction, dimensional_collapse, at_chance))
+        wrong = (np.maximum.accumulate(mean) >= limits.rise * loss[0]) & (hurt | (mean > limits.recovered * loss[0]))
         if (step := since(steps, wrong)) is not None:
             return alarm(name, step, f"The loss rose from {loss[0]:.3g} to {mean.max():.3g}, and is {mean[-1]:.3g}.")
     return worse_than_uniform(log)
