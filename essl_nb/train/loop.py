@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'pretrain', 'train', 'prepare', 'Saver', 'not_finite', 'check_health', 'open_board', 'plain_numbers',
-           'log', 'bar_for', 'progress_line']
+           'Watch', 'log', 'bar_for', 'progress_line']
 
 # %% ../../nbs/train/06_loop.ipynb #bcc91bcb
 import math
@@ -15,12 +15,13 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..core.config import expect
-from ..core.files import append_line, explain_write_error
+from ..core.files import append_line, explain_write_error, read_lines
 from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from ..core.stop import noticing_stops
 from ..data.corpus import Corpus
 from ..data.index import ClipIndex
+from ..objectives.alarms import alarm_line, alarms, load_bands
 from ..objectives.health import collapsed
 from .config import PretrainConfig
 from .folder import (check_folder, check_record, faults_so_far, finish, finished_steps, forget_after, precision_for, restore_state,
@@ -101,7 +102,7 @@ def train(
 ) -> tuple: # health, why it ended early or None, the signal that stopped it or 0
     "Step after step, until the last one, a collapse, or a stop signal."
     stopped = health = None
-    asked, steps = 0, run.stages[-1]
+    asked, steps, watch = 0, run.stages[-1], Watch(run.config, folder)
     with closing(bar_for(run, progress)) as bar:
         while run.step < steps and not stopped and not asked:
             row = train_step(run)
@@ -113,8 +114,9 @@ def train(
             asked, due = map(int, run.ranks.reduce([stop.number, saver.due()], "MAX"))
             if run.ranks.rank == 0 and (run.step % log_every == 0 or run.step == steps or stopped or "valid_finite" in row):
                 row["waiting"] = run.reader.waiting_share()
-                log(folder, board, run.step, row)
-                bar.set_postfix_str(progress_line(run, row))
+                found = watch(run.step, row)
+                log(folder, board, run.step, row, found)
+                bar.set_postfix_str(progress_line(run, row, found))
             if run.step % saver.steps == 0 or run.step == steps or stopped or asked or due:
                 stopped = saver.now() or stopped
     if health is None and not asked:  # the state was that of the last step already
@@ -205,9 +207,29 @@ def plain_numbers(row: dict) -> dict:
     return {k: v if math.isfinite(v) else None for k, v in row.items()}
 
 
-def log(folder: Path, board, step: int, row: dict):
-    "One line of metrics.jsonl, and the same to TensorBoard. Raises EsslError when the disk is full."
-    append_line(folder / "metrics.jsonl", dict(step=step, **plain_numbers(row)))
+class Watch:
+    "Looks for alarms in the log of a run, resumed ones included; a new one is printed once."
+
+    def __init__(self, config: PretrainConfig, folder: Path):
+        self.objective, self.band = config.objective, load_bands().get(config.objective) if config.corpus == "bundled" else None
+        self.rows = read_lines(folder / "metrics.jsonl")[0] if (folder / "metrics.jsonl").exists() else []
+        self.told = {name for row in self.rows for name in row.get("alarms", ())}
+
+    def __call__(self, step: int, row: dict) -> list: # of Alarm
+        "The alarms after one more row."
+        self.rows.append(dict(step=step, **plain_numbers(row)))
+        found = alarms(self.rows, objective=self.objective, band=self.band)
+        for one in found:
+            if one.name not in self.told:
+                tqdm.write(f"Alarm: {one}")
+        self.told |= {one.name for one in found}
+        return found
+
+
+def log(folder: Path, board, step: int, row: dict, found: list):
+    "One line of metrics.jsonl, with the names of alarms, and the same to TensorBoard. Raises EsslError when the disk is full."
+    raised = dict(alarms=[one.name for one in found]) if found else {}
+    append_line(folder / "metrics.jsonl", dict(step=step, **plain_numbers(row), **raised))
     try:
         for k, v in row.items() if board else ():
             board.add_scalar(k, v, step)
@@ -221,9 +243,10 @@ def bar_for(run: Run, progress: bool):
     return tqdm(total=c.steps, initial=run.step, desc=f"{c.encoder.mixer}, seed {c.seed}", unit="step", disable=not progress or run.ranks.rank > 0)
 
 
-def progress_line(run: Run, row: dict) -> str:
+def progress_line(run: Run, row: dict, found: list) -> str:
     "The text after the progress bar."
     skipped = f", {run.skipped} steps skipped" if run.skipped else ""
     audio = f"{run.hours():.2f} h of audio, {run.epochs():.1f} epochs"
     waiting = f", {row['waiting']:.0%} waiting for data" if row.get("waiting", 0) > 0.05 else ""
-    return f"loss {row['loss']:.2f}, masked accuracy {row.get('masked_accuracy', math.nan):.3f}, {audio}{waiting}{skipped}"
+    raised = f", {alarm_line(found)}" if found else ""
+    return f"loss {row['loss']:.2f}, masked accuracy {row.get('masked_accuracy', math.nan):.3f}, {audio}{waiting}{skipped}{raised}"

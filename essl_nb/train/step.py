@@ -26,7 +26,7 @@ from ..data.batches import Batch
 from ..data.loader import Loader
 from ..models.checkpoint import read_checkpoint
 from ..models.encoder import build_encoder
-from ..objectives.health import health_of
+from ..objectives.health import health_of, recurrent_bound, silent_share
 from ..objectives.objective import build_objective
 from .config import PretrainConfig
 from .feed import make_feed
@@ -246,7 +246,8 @@ def backward(run: Run, i: int, mine: range) -> dict: # numbers for the log, befo
             (loss.total / len(mine)).backward()
     if not loss.total.isfinite():
         run.odd = dict(batch=batch, span=span, step=run.step)
-    seen = dict(loss=loss.total.detach(), **loss.parts, masked_share=span.sum() / mask.sum())
+    sound = batch.mel[..., 0] if run.feed.raw_rate > 100 else batch.mel
+    seen = dict(loss=loss.total.detach(), **loss.parts, masked_share=span.sum() / mask.sum(), silent_share=silent_share(sound, batch.lengths))
     return {**{k: float(v) for k, v in seen.items()}, "seconds": float(batch.lengths.sum() / run.feed.raw_rate)}  # of sound
 
 
@@ -300,4 +301,5 @@ def health_report(run: Run) -> dict: # masked loss and accuracy, code usage, eff
     logits = run.objective.logits(frames.to(run.device)) if codes else None
     logits = None if logits is None else logits.float().cpu()
     report = health_of(frames, logits=logits, codes=None if logits is None else torch.cat(codes).long(), hidden=hidden)
-    return {**report, **sums}
+    bound = recurrent_bound(run.encoder)
+    return {**report, **sums, **({} if bound is None else {"recurrent_bound": bound})}

@@ -121,7 +121,8 @@ def prepare_targets(
     "Fit the objective's targets and label every utterance, or read both from the cache."
     features = corpus.features(progress=progress)
     spread = [features.mean.tolist(), features.std.tolist()]  # other log-mel frames have others
-    key = content_hash(dict(name=name, kw=kw, stride=stride, seed=seed, data=sounds_hash(corpus), features=spread, code=code_of(type(objective))))
+    what = dict(name=name, kw=kw, stride=stride, seed=seed, data=sounds_hash(corpus), features=spread, code=code_of(type(objective)))
+    key = content_hash(what | ({"identity": own} if (own := objective.identity()) else {}))  # such as the weights of a teacher
     path = cache_dir() / "targets" / f"{name}-{key}.safetensors"
     counts = [(features.lengths[u.id] - 1) // stride + 1 for u in corpus]
     if (stored := cached(path, sum(counts))) is None:
