@@ -50,6 +50,7 @@ class ObjectivePoint(Typed):
     name: str  # what tables call it
     objective: str = ""  # its registered name; empty: the name above
     kw: dict = field(default_factory=dict)  # its settings
+    pretrain: dict = field(default_factory=dict)  # training settings of its own, over `pretrain` and `pretrain_for`
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def grid_schema() -> dict: # JSON Schema
     settings = {"type": "object", "properties": allowed, "additionalProperties": False}
     schema["properties"]["pretrain"] |= settings
     schema["properties"]["pretrain_for"]["additionalProperties"] = settings
+    schema["$defs"]["ObjectivePoint"]["properties"]["pretrain"] |= settings
     return schema
 
 # %% ../../nbs/study/01_grid.ipynb #07d3e1cc
@@ -251,6 +253,8 @@ def check_grid(grid: Grid) -> Grid:
     check_settings("pretrain", grid.pretrain)
     for name, values in grid.pretrain_for.items():
         check_settings(f"pretrain_for[{name!r}]", values)
+    for point in grid.objectives:
+        check_settings(f"objectives[{point.name!r}].pretrain", point.pretrain)
     check_names("pretrain_for", grid.pretrain_for, names | {e.config.mixer for e in grid.encoders})
     for n, o in enumerate(grid.objectives):
         entry = at(f"objectives[{n}] {o.name!r}", objectives.get, o.objective or o.name)
@@ -319,10 +323,11 @@ def key_of(kind: str, what: dict) -> str: # 12 hex digits
 
 # %% ../../nbs/study/01_grid.ipynb #2a1493d7
 def pretrain_config(grid: Grid, encoder: EncoderPoint, objective: ObjectivePoint, seed: int) -> PretrainConfig:
-    "The training settings of one run: the grid's, over them the mixer's, over them the encoder's."
+    "The training settings of one run: the grid's, over them the mixer's, the encoder's, and last the objective's."
     settings = dict(grid.pretrain)
     for name in dict.fromkeys((encoder.config.mixer, encoder.name)):
         settings |= grid.pretrain_for.get(name, {})
+    settings |= objective.pretrain
     own = dict(objective=objective.objective or objective.name, objective_kw=objective.kw, corpus=grid.corpus, seed=seed)
     return from_json(PretrainConfig, {**settings, "encoder": to_json(encoder.config), **own})
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'sole_run', 'flat', 'settings_of', 'finished_steps', 'check_folder', 'prolong', 'record_of', 'same_run',
-           'precision_for', 'check_record', 'save_state', 'faults_so_far', 'restore_state', 'save_odd_batch',
-           'forget_after', 'save_whole', 'finish']
+           'precision_for', 'check_record', 'state_of', 'save_state', 'faults_so_far', 'restore_state',
+           'save_odd_batch', 'forget_after', 'save_whole', 'whole_encoder', 'finish']
 
 # %% ../../nbs/train/05_folder.ipynb #8cc36d3c
 import json
@@ -22,7 +22,9 @@ from ..core.precision import choose_precision
 from ..core.registry import EsslError
 from ..data.streams import Faults
 from ..models.checkpoint import weights_hash
+from ..models.encoder import build_encoder
 from .config import PretrainConfig
+from .distributed import gathered, is_sharded
 from .optim import optimiser_tensors, restore_optimiser
 from .step import Run
 
@@ -162,13 +164,17 @@ def check_record(run: Run, folder: Path) -> list: # the stages of the run
     return run.stages
 
 # %% ../../nbs/train/05_folder.ipynb #5a59e562
-def save_state(run: Run, folder: Path) -> bool: # whether it could be
-    "Write last.safetensors, unless a weight is not finite; then the saved state is kept."
+def state_of(run: Run) -> dict: # name → tensor; empty but on rank 0
+    "The state of a run, gathered from all processes; to be called in all of them."
     parts = dict(encoder=run.encoder.state_dict(), objective=run.objective.state_dict(), optim=optimiser_tensors(run.optimiser))
-    if not all(bool(v.isfinite().all()) for named in parts.values() for v in named.values()):
+    return gathered({f"{part}/{k}": v for part, named in parts.items() for k, v in named.items()}, run.ranks)
+
+
+def save_state(run: Run, folder: Path, state: dict) -> bool: # whether it could be
+    "Write last.safetensors on rank 0, unless a weight is not finite; then the saved state is kept."
+    if not all(bool(v.isfinite().all()) for v in state.values()):
         return False
-    tensors = {f"{part}/{k}": v for part, named in parts.items() for k, v in named.items()}
-    tensors.update(zip(("step", "skipped", "frames"), map(torch.tensor, run.last_finite)))
+    tensors = {**state, **dict(zip(("step", "skipped", "frames"), map(torch.tensor, run.last_finite)))}
     save_tensors(folder / "last.safetensors", tensors)
     if run.reader is not None and len(run.reader.faults):
         write_json(folder / "faults.json", run.reader.faults.state())
@@ -229,13 +235,23 @@ def save_whole(encoder, folder: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def finish(run: Run, folder: Path, health: dict, stopped: str | None, made: dict):
-    "Save the encoder and, last of all, the run's summary."
-    save_whole(run.encoder.eval(), folder / "encoder")
+def whole_encoder(run: Run, state: dict):
+    "The encoder, put together from a gathered state where each process holds a share of it."
+    if not is_sharded(run.wrapped):
+        return run.encoder.eval()
+    whole = build_encoder(run.config.encoder, seed=0)
+    whole.load_state_dict({k.removeprefix("encoder/"): v for k, v in state.items() if k.startswith("encoder/")})
+    return whole.eval()
+
+
+def finish(run: Run, folder: Path, state: dict, health: dict, stopped: str | None, made: dict):
+    "Save the encoder and, last of all, the run's summary; `state` is that of `state_of`."
+    encoder = whole_encoder(run, state)
+    save_whole(encoder, folder / "encoder")
     rows, _ = read_lines(folder / "metrics.jsonl")
     shares = [r["masked_share"] for r in rows if r.get("masked_share") is not None]
     value = dict(steps=run.step, stopped=stopped, skipped=run.skipped, hours=run.hours(), epochs=run.epochs(),
                  stages=run.stages, masked_share=sum(shares) / max(len(shares), 1), health=health,
-                 weights=weights_hash(run.encoder), parameters=run.encoder.parameter_count())
+                 weights=weights_hash(encoder), parameters=encoder.parameter_count())
     made = dict(made, threads=torch.get_num_threads(), precision=run.precision)
     write_json(folder / "result.json", dict(value=value, made=made))

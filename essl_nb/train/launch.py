@@ -64,6 +64,11 @@ def essl_pretrain(
     drop_state: bool = False, # remove last.safetensors when the run is finished; it cannot be prolonged then
     log_every: int = 20, # steps between lines of metrics.jsonl
     tensorboard: bool = False, # write <folder>/tensorboard too
+    workers: int = 0, # processes that read batches ahead; the batches are the same with any number
+    max_fault_share: float = 0.01, # of the clips of a streamed corpus that may be unusable before the run stops
+    parallel: Literal["ddp", "fsdp2"] = "ddp", # how the processes that torchrun starts share the network: each has all of it, or a share
+    recompute: bool = False, # compute blocks again in the backward pass: less memory, a third more time
+    compile: bool = False, # compile blocks with torch.compile
     dry: bool = False, # print the settings as JSON, as --config reads them, and do nothing
     settings: dict | None = None, # nested fields of PretrainConfig
 ):
@@ -83,5 +88,6 @@ def essl_pretrain(
     if threads:
         torch.set_num_threads(threads)
     folder = folder or f"runs/{made.encoder.mixer}-{made.objective}-{made.seed}"
-    wrote = pretrain(made, folder, device=device, save_every=save_every, save_minutes=save_minutes, keep_state=not drop_state, log_every=log_every, tensorboard=tensorboard)
+    wrote = pretrain(made, folder, device=device, save_every=save_every, save_minutes=save_minutes, keep_state=not drop_state, log_every=log_every, tensorboard=tensorboard,
+                     workers=workers, max_fault_share=max_fault_share, parallel=parallel, recompute=recompute, compile=compile)
     print(f"Wrote {wrote}: encoder/ (config.json, model.safetensors), metrics.jsonl, result.json")

@@ -25,8 +25,9 @@ from ..objectives.alarms import alarm_line, alarms, load_bands
 from ..objectives.health import collapsed
 from .config import PretrainConfig
 from .folder import (check_folder, check_record, faults_so_far, finish, finished_steps, forget_after, precision_for, restore_state,
-                                  save_odd_batch, save_state, sole_run)
-from .step import Ranks, Run, health_report, train_step
+                                  save_odd_batch, save_state, sole_run, state_of)
+from .distributed import Ranks, is_sharded
+from .step import Run, health_report, train_step
 
 # %% ../../nbs/train/06_loop.ipynb #f3103b1e
 def pretrain(
@@ -45,6 +46,9 @@ def pretrain(
     tensorboard: bool = False, # write tensorboard/ too (needs the tensorboard package)
     workers: int = 0, # processes that read batches ahead; the batches are the same with any number
     max_fault_share: float = 0.01, # of the clips of a streamed corpus that may be unusable before the run stops
+    parallel: str = "ddp", # how the processes that torchrun started share the network: ddp (each has all of it), fsdp2 (each a share)
+    recompute: bool = False, # compute blocks again in the backward pass: less memory, a third more time
+    compile: bool = False, # blocks by torch.compile
 ) -> Path: # the run's folder, with encoder/ and result.json in it
     "Pre-train an encoder. Raises EsslError for a folder of another run or data, an unknown name, a full disk; KeyboardInterrupt or SystemExit, with the state saved, when asked to stop."
     for name, value in dict(log_every=log_every, watch_every=watch_every, save_every=save_every).items():
@@ -55,13 +59,15 @@ def pretrain(
         expect(corpus, Corpus, "load_corpus('bundled') or open_index('shards/*.tar')", "corpus")
     folder, ranks = Path(folder), Ranks(device)
     with plain_torch(), ExitStack() as stack:
-        stack.callback(ranks.end)
+        stack.enter_context(ranks.together())
         ranks.on_rank_zero(lambda: stack.enter_context(sole_run(folder)))
         if ranks.on_rank_zero(lambda: check_folder(folder, config, resume)):
             if ranks.rank == 0:
                 print(f"{folder} is finished ({finished_steps(folder)} steps): nothing to do. More steps prolong it; another folder begins anew.")
             return folder
         run = prepare(config, folder, corpus, progress, ranks)
+        if (why := run.distribute(parallel, recompute, compile)) and ranks.rank == 0:
+            print(why)
         board = stack.enter_context(closing(open_board(folder, run.step))) if tensorboard and ranks.rank == 0 else None
         stack.enter_context(run.read_ahead(workers=workers, faults=faults_so_far(folder, max_fault_share)))
         started, first = time.perf_counter(), run.step
@@ -72,7 +78,8 @@ def pretrain(
         complete = run.step == config.steps
         if stopped or complete:
             made = dict(seconds=time.perf_counter() - started, steps=run.step - first)
-            ranks.on_rank_zero(lambda: finish(run, folder, health or {}, stopped, made))
+            state = state_of(run)
+            ranks.on_rank_zero(lambda: finish(run, folder, state, health or {}, stopped, made))
             if complete and not stopped and not keep_state and ranks.rank == 0:
                 (folder / "last.safetensors").unlink(missing_ok=True)
         if len(run.reader.faults) and ranks.rank == 0:
@@ -149,7 +156,6 @@ def prepare(config: PretrainConfig, folder: Path, corpus: Corpus | None, progres
         print(f"{folder} holds no saved state: the run begins again at step 0.")
     if ranks.rank == 0:
         forget_after(folder, run.step)
-    run.distribute()
     return run
 
 # %% ../../nbs/train/06_loop.ipynb #600476e6
@@ -163,7 +169,8 @@ class Saver:
     def now(self) -> str | None: # why it was not saved
         "Save; the outcome is the same in every process."
         self.at = time.monotonic()
-        saved = self.run.ranks.on_rank_zero(lambda: save_state(self.run, self.folder))
+        state = state_of(self.run)
+        saved = self.run.ranks.on_rank_zero(lambda: save_state(self.run, self.folder, state))
         bad = f"a weight is not finite at step {self.run.step}; the state that was saved before is kept. Lower the learning rate"
         return None if saved else bad
 
@@ -189,7 +196,7 @@ def not_finite(run: Run, folder: Path, patience: int = PATIENCE) -> str | None: 
 
 def check_health(run: Run) -> tuple: # health, a reason to stop or None; the same in every process
     "The run's health, measured on rank 0."
-    health = plain_numbers(health_report(run)) if run.ranks.rank == 0 else None
+    health = plain_numbers(health_report(run)) if run.ranks.rank == 0 or is_sharded(run.wrapped) else None
     return tuple(run.ranks.broadcast([health, collapsed(health, run.step) if health else None]))
 
 # %% ../../nbs/train/06_loop.ipynb #32703dd4
