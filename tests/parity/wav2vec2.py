@@ -13,6 +13,7 @@ from essl_nb.models.waveform import Wav2Vec2Frontend
 from . import case, compare
 
 BASELINE = next(e.name for e in mixers if e.meta.get("baseline"))
+SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, conv_dim=(32,) * 7)
 LAYOUTS = {"base": ("group_norm", False, False), "large": ("layer_norm", True, True)}  # convolutions, bias, pre-norm
 
 
@@ -192,6 +193,38 @@ def hubert_model_prenorm():
     from transformers import HubertConfig, HubertModel
 
     return whole(HubertModel(HubertConfig(**{k: v for k, v in hf_config("layer", True).to_dict().items() if k in HubertConfig().to_dict() and k not in ("model_type", "architectures")})))
+
+
+@case(Encoder, package="transformers", what="Data2VecAudioModel: every layer", tolerance=1e-11)
+def data2vec_audio_model():
+    from transformers import Data2VecAudioConfig, Data2VecAudioModel
+
+    return whole(Data2VecAudioModel(Data2VecAudioConfig(**SMALL)))
+
+
+def conformer(position):
+    from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
+
+    model = Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(**SMALL, hidden_act="swish", position_embeddings_type=position))
+    for name, t in model.named_parameters():  # biases of distances are 0 at the start
+        if "pos_bias" in name:
+            torch.nn.init.normal_(t, std=0.3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            for t in (module.weight, module.bias, module.running_mean):
+                torch.nn.init.normal_(t)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return whole(model)
+
+
+@case(Encoder, package="transformers", what="Wav2Vec2ConformerModel, relative position, BatchNorm folded: every layer; its positions are in float32", tolerance=1e-5)
+def wav2vec2_conformer_relative():
+    return conformer("relative")
+
+
+@case(Encoder, package="transformers", what="Wav2Vec2ConformerModel, rotary position, BatchNorm folded: every layer; its positions are in float32", tolerance=1e-5)
+def wav2vec2_conformer_rotary():
+    return conformer("rotary")
 
 
 @case(SincFilters, package="speechbrain", what="CNN.SincConv with valid padding and its window; its filters have the middle tap 1, ours gain 1", tolerance=1e-5)
