@@ -84,20 +84,23 @@ def draw_band(figure: go.Figure, view: RunView):
 def draw_panel(figure: go.Figure, view: RunView, at: int, title: str):
     "One panel: its lines, its limit, and where the first alarm begins."
     row, col = at // 2 + 1, at % 2 + 1
-    for names, label, colour, points in PANELS[title]:
-        steps, values = view.log.series(*names)
-        if not len(steps):
-            continue
+    there = [(label, colour, points, *series) for names, label, colour, points in PANELS[title] if len((series := view.log.series(*names))[0])]
+    for label, colour, points, steps, values in there:
         x, hover = view.x(steps), f"{label} %{{y:.4g}} at step %{{customdata:,}}<extra></extra>"
         figure.add_scatter(x=x, y=values, customdata=steps, name=label, mode="markers" if points else "lines+markers" if len(steps) < 30 else "lines",
                            marker=dict(color=colour, size=4 if points else 6, opacity=0.45 if points else 1), line=dict(color=colour), hovertemplate=hover, row=row, col=col)
+        if len(there) > 1 and not points:
+            height = np.log10(max(values[-1], 1e-9)) if title in LOGARITHMIC else values[-1]
+            figure.add_annotation(x=x[-1], y=height, text=label, showarrow=False, xanchor="right", yanchor="bottom", font=dict(color=colour, size=12), row=row, col=col)
     if title in (limits := view.limits()):
         height, word = limits[title]
         figure.add_hline(y=height, line=dict(color=GREY, dash="dash"), annotation_text=word, annotation_position="bottom right", row=row, col=col)
     if view.alarms and view.alarms[0].step in view.hours:
         figure.add_vline(x=view.x([view.alarms[0].step])[0], line=dict(color="#D55E00", width=2), row=row, col=col)
     if title in LOGARITHMIC:
-        figure.update_yaxes(type="log", row=row, col=col)
+        figure.update_yaxes(type="log", tickvals=[m * 10.0**k for k in range(-6, 7) for m in (1, 2, 5)], row=row, col=col)
+    elif title != "loss":
+        figure.update_yaxes(rangemode="tozero", row=row, col=col)
 
 
 def run_figure(
@@ -111,7 +114,8 @@ def run_figure(
     draw_band(figure, view)
     for at, title in enumerate(PANELS):
         draw_panel(figure, view, at, title)
-    figure = plain(figure, height=height, title=folded(plain_text(view.finding)), margin=dict(l=56, r=20, t=110, b=52))
+    figure = plain(figure, height=height, title=folded(plain_text(view.finding)), margin=dict(l=56, r=20, t=92, b=52))
+    figure.update_layout(title=dict(yref="container", y=1, yanchor="top", pad=dict(l=12, t=18)))
     if view.by_hours and view.log.rows:
         seen = view.x([r["step"] for r in view.log.rows])
         figure.update_xaxes(range=[0, 1.02 * max(seen)])
@@ -185,10 +189,8 @@ def watched_run(
     "Show the figure while the block trains: `with watched_run(folder): pretrain(config, folder)`."
     folder, show, over = Path(folder), show or shown_figure(), threading.Event()
 
-    def until_over():
-        follow(folder, show, lambda waited: over.wait(every if waited else 0), 0.0)
-
-    thread = threading.Thread(target=until_over, name="watched run", daemon=True)
+    ended = lambda waited: over.wait(every)  # it waits itself, and no longer than the block runs
+    thread = threading.Thread(target=follow, args=(folder, show, ended, 0.0), name="watched run", daemon=True)
     thread.start()
     try:
         yield
