@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'essl_explore', 'essl_pretrain', 'essl_probe', 'essl_cost', 'essl_curves', 'essl_study', 'essl_ligru_bench',
-           'essl_recognise', 'comments', 'signature', 'fields_of', 'add_option', 'normalise', 'error_message',
-           'path_error', 'status_of', 'numbers', 'Command']
+           'essl_recognise', 'essl_finetune', 'comments', 'signature', 'fields_of', 'add_option', 'normalise',
+           'error_message', 'path_error', 'status_of', 'numbers', 'Command']
 
 # %% ../../nbs/core/15_command.ipynb #d6070bbf
 import argparse
@@ -241,3 +241,4 @@ essl_curves = Command("costs.curves:essl_curves")
 essl_study = Command("study.study:essl_study", maybe=("grid",))
 essl_ligru_bench = Command("costs.recurrent:essl_ligru_bench")
 essl_recognise = Command("probes.recognise:essl_recognise")
+essl_finetune = Command("probes.words_command:essl_finetune", maybe=("encoder",), settings="probes.words_config:FinetuneConfig")

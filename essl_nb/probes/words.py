@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['FILES', 'check_words_folder', 'words_record', 'check_words_record', 'save_words', 'restore_words', 'prepare_words',
-           'beam_of', 'finetune_words', 'watch_words', 'summary_of', 'finish_words', 'load_score', 'compare_runs']
+           'unbegun', 'beam_of', 'finetune_words', 'watch_words', 'summary_of', 'finish_words', 'load_score',
+           'compare_runs']
 
 # %% ../../nbs/probes/16_words.ipynb #385a0f26
 import json
+import shutil
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -138,6 +140,18 @@ def prepare_words(config: FinetuneConfig, folder: Path, corpus: Corpus, device: 
     return run
 
 
+@contextmanager
+def unbegun(folder: Path):
+    "Leave the folder as it was where a run could not begin, so that it can be begun with other settings."
+    try:
+        yield
+    except EsslError:
+        if not (folder / "run.json").exists():
+            (folder / "config.json").unlink(missing_ok=True)
+            shutil.rmtree(folder / "vocabulary", ignore_errors=True)
+        raise
+
+
 def beam_of(config: FinetuneConfig, vocabulary) -> BeamDecoder:
     "The beam that a configuration asks for."
     return BeamDecoder(vocabulary, config.beam, lm=config.lm, words=config.lm_words, lm_weight=config.lm_weight)
@@ -167,7 +181,8 @@ def finetune_words(
         if check_words_folder(folder, config, resume):
             print(f"{folder} is finished: nothing to do. Another folder begins anew.")
             return folder
-        run = prepare_words(config, folder, load_corpus(config.corpus) if corpus is None else corpus, at, progress)
+        with unbegun(folder):
+            run = prepare_words(config, folder, load_corpus(config.corpus) if corpus is None else corpus, at, progress)
         started, first, saved = time.perf_counter(), run.step, time.monotonic()
         with noticing_stops() as stop, closing(tqdm(total=config.steps, initial=run.step, desc="fine-tuning", unit="step", disable=not progress)) as bar:
             while run.step < config.steps and not stop:
