@@ -2,7 +2,7 @@
 
     python tools/words.py results/small/encoders/NAME     # rows go to results/words/rows.jsonl; the same again resumes
 
-One core takes two to four minutes a run. The page probes.languages shows the rows.
+One core takes one to two minutes a run. The page probes.languages shows the rows.
 """
 import argparse
 import sys
@@ -17,7 +17,7 @@ def main():
     parser.add_argument("encoder", help="the folder of a pre-trained encoder")
     parser.add_argument("--rows", default="results/words/rows.jsonl")
     parser.add_argument("--folders", default="runs/words", help="where the runs go")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch_seconds", type=float, default=30.0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

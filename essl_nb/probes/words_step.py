@@ -133,7 +133,10 @@ class WordsRun:
         good, raws = [], []
         for u in clips:
             try:
-                raws.append(self.source.raw(u))
+                raw = self.source.raw(u)
+                if not bool(raw.isfinite().all()):
+                    raise EsslError(f"{u.path} holds NaN or infinity.")
+                raws.append(raw)
                 good.append(u)
             except (EsslError, OSError) as e:
                 self.unreadable[u.id] = str(e)
