@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'essl_explore', 'essl_pretrain', 'essl_probe', 'essl_cost', 'essl_curves', 'essl_study', 'essl_ligru_bench',
-           'essl_recognise', 'essl_shards', 'comments', 'signature', 'fields_of', 'add_option', 'normalise',
-           'essl_recognise', 'essl_finetune', 'comments', 'signature', 'fields_of', 'add_option', 'normalise',
-           'error_message', 'path_error', 'status_of', 'numbers', 'Command']
+           'essl_recognise', 'essl_shards', 'essl_finetune', 'comments', 'signature', 'fields_of', 'add_option',
+           'normalise', 'error_message', 'path_error', 'status_of', 'numbers', 'Command']
 
 # %% ../../nbs/core/15_command.ipynb #d6070bbf
 import argparse
