@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'sole_run', 'flat', 'settings_of', 'finished_steps', 'check_folder', 'prolong', 'record_of', 'same_run',
-           'precision_for', 'check_record', 'save_state', 'restore_state', 'forget_after', 'save_whole', 'finish']
+           'precision_for', 'check_record', 'state_of', 'save_state', 'restore_state', 'forget_after', 'save_whole',
+           'whole_encoder', 'finish']
 
 # %% ../../nbs/train/05_folder.ipynb #8cc36d3c
 import os
@@ -19,7 +20,9 @@ from ..core.files import Busy, keep_lines, load_tensors, locked, read_json, read
 from ..core.precision import choose_precision
 from ..core.registry import EsslError
 from ..models.checkpoint import weights_hash
+from ..models.encoder import build_encoder
 from .config import PretrainConfig
+from .distributed import gathered, is_sharded
 from .optim import optimiser_tensors, restore_optimiser
 from .step import Run
 from .targets import sounds_hash, targets_hash
@@ -162,12 +165,17 @@ def check_record(run: Run, corpus, folder: Path) -> list: # the stages of the ru
     return run.stages
 
 # %% ../../nbs/train/05_folder.ipynb #5a59e562
-def save_state(run: Run, folder: Path) -> bool: # whether it could be
-    "Write last.safetensors, unless a weight is not finite; then the saved state is kept."
+def state_of(run: Run) -> dict: # name → whole tensor on rank 0, empty elsewhere
+    "Weights, heads and moments; to be called on all ranks."
     parts = dict(encoder=run.encoder.state_dict(), objective=run.objective.state_dict(), optim=optimiser_tensors(run.optimiser))
-    if not all(bool(v.isfinite().all()) for named in parts.values() for v in named.values()):
+    return gathered({f"{part}/{k}": v for part, named in parts.items() for k, v in named.items()}, run.ranks)
+
+
+def save_state(run: Run, folder: Path, tensors: dict) -> bool: # whether it could be
+    "Write last.safetensors, unless a weight is not finite; then the saved state is kept. On rank 0 only."
+    if not all(bool(v.isfinite().all()) for v in tensors.values()):
         return False
-    tensors = {f"{part}/{k}": v for part, named in parts.items() for k, v in named.items()}
+    tensors = dict(tensors)
     tensors.update(zip(("step", "skipped", "frames"), map(torch.tensor, run.last_finite)))
     save_tensors(folder / "last.safetensors", tensors)
     return True
@@ -212,13 +220,25 @@ def save_whole(encoder, folder: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def finish(run: Run, folder: Path, health: dict, stopped: str | None, made: dict):
-    "Save the encoder and, last of all, the run's summary."
-    save_whole(run.encoder.eval(), folder / "encoder")
+def whole_encoder(run: Run): # on rank 0; None elsewhere
+    "The encoder with all its weights; to be called on all ranks."
+    if not is_sharded(run.network):
+        return run.encoder.eval()
+    weights = gathered(run.encoder.state_dict(), run.ranks)
+    if not weights:
+        return None
+    encoder = build_encoder(run.config.encoder)
+    encoder.load_state_dict(weights)
+    return encoder.eval()
+
+
+def finish(run: Run, folder: Path, encoder, health: dict, stopped: str | None, made: dict):
+    "Save the encoder and, last of all, the run's summary. On rank 0 only."
+    save_whole(encoder, folder / "encoder")
     rows, _ = read_lines(folder / "metrics.jsonl")
     shares = [r["masked_share"] for r in rows if r.get("masked_share") is not None]
     value = dict(steps=run.step, stopped=stopped, skipped=run.skipped, hours=run.hours(), epochs=run.epochs(),
                  stages=run.stages, masked_share=sum(shares) / max(len(shares), 1), health=health,
-                 weights=weights_hash(run.encoder), parameters=run.encoder.parameter_count())
+                 weights=weights_hash(encoder), parameters=encoder.parameter_count())
     made = dict(made, threads=torch.get_num_threads(), precision=run.precision)
     write_json(folder / "result.json", dict(value=value, made=made))

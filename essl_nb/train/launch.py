@@ -47,6 +47,9 @@ def essl_pretrain(
     size: Literal["tiny", "small", "base"] | None = None, # dim and depth: tiny 64 and 2, small 192 and 4 (the default without --config), base 512 and 12
     folder: str = "", # the run's folder (runs/<mixer>-<objective>-<seed> by default); the same folder again resumes it
     device: str = "auto", # cpu, cuda, or auto: cuda where there is one
+    parallel: Literal["ddp", "fsdp2"] = "ddp", # how the processes that torchrun or a scheduler starts share the work: each holds the whole network, or a share of it
+    recompute: bool = False, # compute blocks again in the backward pass: less memory, a third more time
+    compile: bool = False, # translate the blocks by torch.compile
     threads: int = 0, # threads of torch; 0 leaves it to torch
     save_every: int = 250, # steps between saved states
     save_minutes: float = 10.0, # the state is also saved after so many minutes
@@ -72,5 +75,5 @@ def essl_pretrain(
     if threads:
         torch.set_num_threads(threads)
     folder = folder or f"runs/{made.encoder.mixer}-{made.objective}-{made.seed}"
-    wrote = pretrain(made, folder, device=device, save_every=save_every, save_minutes=save_minutes, keep_state=not drop_state, log_every=log_every, tensorboard=tensorboard)
+    wrote = pretrain(made, folder, device=device, parallel=parallel, recompute=recompute, compile=compile, save_every=save_every, save_minutes=save_minutes, keep_state=not drop_state, log_every=log_every, tensorboard=tensorboard)
     print(f"Wrote {wrote}: encoder/ (config.json, model.safetensors), metrics.jsonl, result.json")
