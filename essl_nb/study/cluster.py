@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 from ..core.config import from_json, to_json
 from ..core.extras import need
 from ..core.files import Busy, locked
+from ..core.readers import read_values
 from ..core.registry import EsslError, nearest
 from ..core.stop import StoppedBySignal, unwind
 from .results import known_rows
@@ -255,8 +256,9 @@ def pretrain_job(
 ) -> PretrainJob:
     "The job of one pre-training. Every GPU has a batch in each step."
     made = run_config(settings, config, size, given)
+    own = settings | (read_values(config, "configuration") if config else {})
     new = dict(precision=preset.precision, batch_seconds=preset.batch_seconds)
-    plain = to_json(made) | {k: v for k, v in new.items() if v and k not in settings and not config}
+    plain = to_json(made) | {k: v for k, v in new.items() if v and k not in own}
     plain["accumulate"] = -(-made.accumulate // ranks) * ranks
     made = from_json(PretrainConfig, plain)
     return PretrainJob(to_json(made), folder or f"runs/{made.encoder.mixer}-{made.objective}-{made.seed}", options)
@@ -302,7 +304,7 @@ def essl_submit(
     chosen = PRESETS[preset] if preset else PLAIN
     if what == "pretrain":
         options = dict(parallel=parallel, recompute=recompute, compile=chosen.compile if compile == "preset" else compile == "on")
-        jobs = [pretrain_job(given, config, size, settings or {}, chosen, nodes * max(gpus, 1), folder, options)]
+        jobs = [pretrain_job(given, config, size, settings or {}, chosen, max(nodes, 1) * max(gpus, 1), folder, options)]
     elif settings or nodes > 1 or gpus > 1:
         raise EsslError("A study's settings stand in its grid, and each of its jobs runs on one node with at most one GPU; leave out what else was given.")
     else:
