@@ -6,6 +6,9 @@
 __all__ = ['WORDS', 'essl_explore', 'essl_pretrain', 'essl_probe', 'essl_cost', 'essl_curves', 'essl_study', 'essl_ligru_bench',
            'essl_recognise', 'essl_shards', 'essl_finetune', 'comments', 'signature', 'fields_of', 'add_option',
            'normalise', 'error_message', 'path_error', 'status_of', 'numbers', 'Command']
+__all__ = ['WORDS', 'essl_explore', 'essl_pretrain', 'essl_probe', 'essl_cost', 'essl_curves', 'essl_study', 'essl_submit',
+           'essl_ligru_bench', 'essl_recognise', 'comments', 'signature', 'fields_of', 'add_option', 'normalise',
+           'error_message', 'path_error', 'status_of', 'numbers', 'Command']
 
 # %% ../../nbs/core/15_command.ipynb #d6070bbf
 import argparse
@@ -239,6 +242,7 @@ essl_probe = Command("probes.command:essl_probe")
 essl_cost = Command("costs.cards:essl_cost")
 essl_curves = Command("costs.curves:essl_curves")
 essl_study = Command("study.study:essl_study", maybe=("grid",))
+essl_submit = Command("study.cluster:essl_submit", maybe=("what", "given"), settings="train.config:PretrainConfig")
 essl_ligru_bench = Command("costs.recurrent:essl_ligru_bench")
 essl_recognise = Command("probes.recognise:essl_recognise")
 essl_shards = Command("data.shards:essl_shards")
