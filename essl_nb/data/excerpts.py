@@ -154,7 +154,7 @@ def samples_of(
     last: int, # the first that is not wanted
 ) -> np.ndarray: # (n,C) float32
     "Seek and read; where a seek is not exact, read from the start, at once, since soundfile seeks between two reads."
-    exact = f.format != "MPEG" and f.subtype != "VORBIS"
+    exact = f.format not in ("MP3", "MPEG") and f.subtype != "VORBIS"
     if exact:
         f.seek(first)
     return f.read(last - first if exact else last, dtype="float32", always_2d=True)[0 if exact else first :]
