@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'Sound', 'Section', 'open_sound', 'sound_length', 'member_streams', 'check_samples', 'load_sound',
-           'load_part']
+           'samples_of', 'load_part']
 
 # %% ../../nbs/data/02b_excerpts.ipynb #c271fc3e
 import io
@@ -148,6 +148,18 @@ def load_sound(
 MARGIN = 0.05  # seconds read on both sides of a part that is resampled
 
 
+def samples_of(
+    f, # a SoundFile open for reading
+    first: int, # sample
+    last: int, # the first that is not wanted
+) -> np.ndarray: # (n,C) float32
+    "Seek and read; where a seek is not exact, read from the start, at once, since soundfile seeks between two reads."
+    exact = f.format not in ("MP3", "MPEG") and f.subtype != "VORBIS"
+    if exact:
+        f.seek(first)
+    return f.read(last - first if exact else last, dtype="float32", always_2d=True)[0 if exact else first :]
+
+
 def load_part(
     sound: Sound,
     start: int, # first sample at the rate wanted
@@ -165,8 +177,7 @@ def load_part(
         first, last = max(0, start // ours - margin), -(-(start + samples) // ours) + margin
         a, b = min(first * theirs, f.frames), min(last * theirs, f.frames)
         try:
-            f.seek(a)
-            x = f.read(b - a, dtype="float32", always_2d=True)
+            x = samples_of(f, a, b)
         except (soundfile.LibsndfileError, OSError, RuntimeError) as e:
             raise EsslError(f"{sound} is damaged or cut short: it cannot be decoded {start / rate:.1f} s from its start; copy or download it again.") from e
         if len(x) < b - a:

@@ -72,6 +72,8 @@ def start_worker(number: int):
     "Leave signals to the process that trains; it ends its workers."
     for one in SIGNALS:
         signal.signal(one, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     torch.set_num_threads(1)
 
 # %% ../../nbs/data/07d_loader.ipynb #45cd3ea8
@@ -105,9 +107,15 @@ class Loader:
 
     def start(self):
         "Start the workers."
-        child = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        self.source = iter(self.loader)
-        if child is not None and threading.current_thread() is threading.main_thread():
+        main = threading.current_thread() is threading.main_thread()
+        child = signal.getsignal(signal.SIGCHLD) if main and hasattr(signal, "SIGCHLD") else None
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
+        try:
+            self.source = iter(self.loader)
+        finally:
+            if blocked is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # until now, so that no signal ends a worker that does not ignore it yet
+        if child is not None:
             signal.signal(signal.SIGCHLD, child)  # a death is noticed when a batch is asked for, and not in the middle of a step
 
     def __iter__(self):

@@ -89,22 +89,22 @@ def clip_of(
 ) -> Clip: # an unknown duration is NaN, an unknown split empty
     "One row as a clip. Raises EsslError for a row without a path, with a duration or a split that is none, or for a part of a file."
     wrong = lambda why: EsslError(f"{where}, line {row.line}: {why}")
-    text = lambda name: str(value) if (value := row.get(names.get(name))) is not None else ""
-    path = text("path").strip()
+    cells = {ours: str(value).strip() if (value := row.get(theirs)) is not None else "" for ours, theirs in names.items()}
+    text = lambda name: cells.get(name, "")
+    path = text("path")
     if not path:
         raise wrong("no path; name a sound file in every row.")
-    split = text("split").strip().lower()
+    split = text("split").lower()
     if split not in SPLIT_WORDS:
         raise wrong(f"the split {split!r}; allowed are {', '.join(SPLITS)} (also {', '.join(w for w in SPLIT_WORDS if w not in SPLITS and w)}), or an empty cell.")
     try:
         seconds = seconds_in(row.get(names.get("seconds")))
     except (TypeError, ValueError):
         raise wrong(f"the duration {text('seconds')!r}; give seconds, with a point, or leave the cell empty, and the sound is measured.") from None
-    if cut := [c for c in PARTS_OF_FILES if str(row.get(c) or "").strip() not in ("", "0", "0.0")]:
+    if cut := [c for c in PARTS_OF_FILES if c in row and str(row[c] or "").strip() not in ("", "0", "0.0")]:
         raise wrong(f"{cut[0]} = {row[cut[0]]}; a row stands for a whole file: long files are cut while reading, so list each file once.")
-    id = text("id").strip() or os.path.splitext(path)[0]
-    known = [text(name).strip() for name in ("text", "language", "voice")]
-    return Clip(id, path, math.nan if seconds is None else seconds, SPLIT_WORDS[split], *known)
+    id = text("id") or os.path.splitext(path)[0]
+    return Clip(id, path, math.nan if seconds is None else seconds, SPLIT_WORDS[split], text("text"), text("language"), text("voice"))
 
 
 def names_in(
