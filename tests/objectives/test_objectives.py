@@ -457,6 +457,21 @@ def test_each_weight_weighs(weight, part, features):
     assert torch.allclose(b.total - a.total, 4 * a.parts[part], rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["clusters", "hubert"])
+def test_soft_targets_keep_the_codes_and_soften_the_loss(name, features):
+    hard, soft = fitted(name, features), fitted(name, features, soft=0.3)
+    (made, mask), (softly, _) = (batch(task, features, ["u0", "u3"]) for task in (hard, soft))
+    real = mask[..., None].expand(-1, -1, 8)
+    assert torch.equal(made["codes"], softly["codes"]) and softly["posterior"].dtype == torch.float16
+    assert torch.allclose(softly["posterior"].float().sum(-1)[mask], torch.ones(()), atol=2e-3) and (softly["posterior"][real] >= 0).all()
+    x, span = torch.randn(*mask.shape, DIM, generator=seeded()), torch.rand(mask.shape, generator=seeded()) < 0.4
+    a, b = (task(x, t, span, mask, generator=seeded()).parts for task, t in ((hard, made), (soft, softly)))
+    assert a["masked_loss"] != b["masked_loss"] and torch.equal(a["masked_accuracy"], b["masked_accuracy"])
+    assert "spread" not in fitted("clusters", features).state_dict()  # hard clusters are stored as before
+    with pytest.raises(EsslError, match="soft"):
+        build_objective(name, DIM, soft=-1.0)
+
+
 @pytest.mark.parametrize("wrong", [dict(clusters=1), dict(clusters=40_000), dict(unmasked_share=1.2)], ids=str)
 def test_clusters_refuse(wrong):
     with pytest.raises(EsslError):
