@@ -35,12 +35,13 @@ def follow(
     averaged: tuple = ("blocks.", "norm."), # beginnings of the names of what is averaged; the rest is shared
 ):
     "Move the averaged weights by 1-τ towards the student's, and copy the rest, buffers included."
+    whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # a process may hold a share of the student
     weights = dict(student.named_parameters())
     for name, p in teacher.named_parameters():
         if name.startswith(averaged):
-            p.lerp_(weights[name], 1 - rate)
+            p.lerp_(whole(weights[name]), 1 - rate)
         else:
-            p.copy_(weights[name])
+            p.copy_(whole(weights[name]))
     for b, new in zip(teacher.buffers(), student.buffers()):
         b.copy_(new)
 

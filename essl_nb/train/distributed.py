@@ -179,9 +179,10 @@ def shard(
     "Shard a network over all ranks, in place (FSDP2)."
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     old = dict(network.named_parameters())
+    frozen = {p for p in network.parameters() if not p.requires_grad}
     for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, ignored_params=frozen)
+    fully_shard(network, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
     if optimiser is not None:
         follow(optimiser, old, dict(network.named_parameters()))
     return network
@@ -268,8 +269,10 @@ def activation_checkpointing(
 ):
     "Keep only the input of each block in training, and compute the block again in the backward pass (1604.06174)."
     for block in blocks:
-        again = partial(checkpoint, block.forward, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), buffers_kept(block)))
         plain = block.forward
+        again = partial(checkpoint, plain, use_reentrant=False)
+        if any(getattr(m, "track_running_stats", False) for m in block.modules()):  # torch.compile leaves this one out
+            again = torch.compiler.disable(partial(again, context_fn=lambda block=block: (nullcontext(), buffers_kept(block))))
         block.forward = lambda *a, block=block, again=again, plain=plain, **kw: (again if block.training else plain)(*a, **kw)
 
 
