@@ -190,7 +190,7 @@ def test_bands_are_made_kept_and_asked(tmp_path, monkeypatch):
     assert alarm_line(found) == f"ALARM loss outside the band since step {found[0].step}" and alarm_line([]) == ""
 
 
-def test_what_is_no_run_and_no_band_is_refused(tmp_path):
+def test_what_is_no_run_and_no_band_is_refused(tmp_path, monkeypatch):
     with pytest.raises(EsslError, match="no pre-training run"):
         alarms_of(tmp_path)
     with pytest.raises(EsslError, match="health reports"):
@@ -202,6 +202,8 @@ def test_what_is_no_run_and_no_band_is_refused(tmp_path):
     with pytest.raises(EsslError, match="save_bands"):
         load_bands(tmp_path / "bands.json")
     assert load_bands(tmp_path / "nothing.json") == {}
+    monkeypatch.setenv("ESSL_RESULTS", str(tmp_path / "nowhere"))
+    assert load_bands() == {}
 
 
 def test_shipped_bands_hold_the_runs_that_made_them():
