@@ -67,7 +67,7 @@ class Limits:
     prediction_variance: float = 0.01  # of what is predicted of them
     chance_accuracy: float = 1.25  # masked accuracy over that of the best constant guess
     chance_loss: float = 0.97  # masked loss over the entropy of the targets
-    band: float = 0.15  # of the loss, beyond either side of the band: other seeds and longer schedules lie up to a tenth away
+    band: float = 0.15  # of the loss, beyond either side of the band: room for other seeds and schedules
 
 
 LIMITS = Limits()
