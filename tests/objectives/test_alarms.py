@@ -19,7 +19,7 @@ from essl_nb.objectives.objective import objectives
 from essl_nb.train import loop
 from essl_nb.train.config import PretrainConfig
 
-SOON = Limits(settle_steps=40)
+SOON = Limits(settle_steps=40, rank=3.0)  # encoders of one block, trained for seconds
 
 
 def tones(seed, seconds=3.0, rate=16000):
