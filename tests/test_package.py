@@ -127,6 +127,7 @@ def test_a_wheel_carries_a_study_and_its_encoders(tmp_path):
         assert (tmp_path / wanted["study"] / "encoders" / name / "model.safetensors").is_file()
     assert (tmp_path / wanted["study"] / "grid.json").is_file() and (tmp_path / "curves" / "rows.jsonl").is_file()
     assert len(list(tmp_path.glob("*/encoders/*"))) == len(wanted["encoders"])
+    assert (tmp_path / "health" / "bands.json").is_file()
 
 
 def test_results_are_found_where_they_are_said_to_be(tmp_path, monkeypatch):

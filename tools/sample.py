@@ -87,7 +87,7 @@ def studies(to, root=ROOT):
     "Write grids and rows of every study, and the encoders that results/wheel.json names, into the folder `to`."
     wanted = json.loads((Path(root) / "results" / "wheel.json").read_text(encoding="utf-8"))
     results, to = Path(root) / "results", Path(to)
-    found = [p for name in ("grid.json", "*.jsonl") for p in sorted(results.glob(f"*/{name}"))]
+    found = [p for name in ("grid.json", "bands.json", "*.jsonl") for p in sorted(results.glob(f"*/{name}"))]
     found += [p for name in wanted["encoders"] for p in sorted((results / wanted["study"] / "encoders" / name).iterdir())]
     for path in found:
         (to / path.relative_to(results)).parent.mkdir(parents=True, exist_ok=True)

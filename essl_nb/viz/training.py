@@ -19,6 +19,7 @@ from plotly.subplots import make_subplots
 from ..core.files import read_json, read_lines
 from ..core.registry import EsslError
 from ..objectives.alarms import LIMITS, RunLog, alarm_line, alarms_of, load_bands
+from ..objectives.health import RANK_FLOORS
 from .style import GREY, folded, plain, plain_text
 
 # %% ../../nbs/viz/09_training.ipynb #af755f60
@@ -68,7 +69,7 @@ class RunView:
         if log.chance:
             found["masked accuracy"] = log.chance, "chance"
         if width := log.last("valid_dim"):
-            found["dimensions of the frames"] = min(LIMITS.rank, LIMITS.rank_of_width * width), "collapse"
+            found["dimensions of the frames"] = min(RANK_FLOORS.get(self.objective, LIMITS.rank), LIMITS.rank_of_width * width), "collapse"
         return found
 
 # %% ../../nbs/viz/09_training.ipynb #bedd4dcd
