@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dct_basis', 'normalise_utterance', 'principal_axes', 'nearest_centroid', 'KMeans', 'kmeans', 'collected',
-           'ContextPCA', 'Clusters']
+           'ContextPCA', 'label_clusters', 'code_loss', 'Clusters']
 
 # %% ../../nbs/objectives/04_clusters.ipynb #a930377f
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from .objective import (Loss, Objective, accuracy, draw_share, hidden_and_seen, mean_cross_entropy,
                                    mean_squared_error, objectives, sample_frames, stack_context)
+from .soft import check_soft, posteriors, soft_cross_entropy
 
 # %% ../../nbs/objectives/04_clusters.ipynb #698d3b3a
 def dct_basis(
@@ -151,6 +152,30 @@ class ContextPCA(nn.Module):
         return self.project(self.rows(x, at))
 
 # %% ../../nbs/objectives/04_clusters.ipynb #3dca6ff2
+def label_clusters(
+    x: Tensor, # (N,F) frames
+    centroids: Tensor, # (K,F)
+    soft: float | None = None, # temperature of the posteriors; None = nearest centroid alone
+    spread: float = 1.0, # mean squared distance of a frame to its centroid
+) -> dict: # codes (N,) int16; with soft also near (N,8) int16 and posterior (N,8) float16
+    "The cluster of each frame, or its posteriors."
+    if soft is None:
+        return {"codes": nearest_centroid(x, centroids)[0].to(torch.int16)}
+    near, probabilities = posteriors(x, centroids, soft * max(spread, 1e-8))
+    return {"codes": near[:, 0].clone(), "near": near, "posterior": probabilities}
+
+
+def code_loss(
+    logits: Tensor, # (n,K) at the frames of `keep`
+    targets: dict, # codes (B,T), and where targets are soft near and posterior (B,T,8)
+    keep: Tensor, # (B,T) bool
+) -> Tensor: # () float32
+    "Cross-entropy with codes, or with posteriors where there are some."
+    if "posterior" in targets:
+        return soft_cross_entropy(logits, targets["near"][keep], targets["posterior"][keep])
+    return mean_cross_entropy(logits, targets["codes"][keep])
+
+# %% ../../nbs/objectives/04_clusters.ipynb #f6cff9fc
 @objectives.register("clusters", paper="2106.07447",
                      tiny=dict(clusters=12, iterations=3, fit_frames=400, cluster_components=8, regression_components=6))
 class Clusters(Objective):
@@ -176,8 +201,10 @@ class Clusters(Objective):
         unmasked_share: float = 0.4, # of the visible frames, sampled at each step
         regression_weight: float = 3.0, # of the regression, hidden and visible in equal parts
         first: int = 0, # mel frame at the centre of encoder frame 0
+        soft: float | None = None, # temperature of soft targets; None = hard ones
     ):
         super().__init__(dim, stride=stride, n_mels=n_mels, first=first)
+        check_soft(soft)
         if not 2 <= clusters <= 32767:
             raise EsslError(f"clusters must lie between 2 and 32767, the range of a 16-bit code; got {clusters}.")
         if not 0 <= unmasked_share <= 1:
@@ -191,6 +218,9 @@ class Clusters(Objective):
         self.near = ContextPCA(cepstra, reach=cluster_context, step=context_step, components=cluster_components, whiten=False)
         self.wide = ContextPCA(n_mels, reach=regression_context, step=context_step, components=regression_components, whiten=True)
         self.register_buffer("centroids", torch.zeros(clusters, cluster_components))
+        self.soft = soft
+        if soft is not None:
+            self.register_buffer("spread", torch.tensor(1.0))
         self.code_head = nn.Linear(dim, clusters)
         self.context_head = nn.Linear(dim, regression_components)
 
@@ -218,15 +248,18 @@ class Clusters(Objective):
         self.near.fit(rows.split(8192))
         found = kmeans(self.near.project(rows), len(self.centroids), iterations=self.iterations, generator=generator)
         self.centroids.copy_(found.centroids)
+        if self.soft is not None:
+            self.spread.fill_(found.inertia[-1])
         self.wide.fit(collected(self.wide.rows(self.spectrum(features[i]), at) for i, at in chosen))
 
     def targets(self,
         mel: Tensor, # (T,F) raw log-mel of one whole utterance
-    ) -> dict: # codes (T',) int16, context (T',components) float16
+    ) -> dict: # codes (T',) int16, context (T',components) float16; with soft also near and posterior (T',8)
         "The cluster of each encoder frame, and the regression target."
         at = self.centres(len(mel))  # (T',)
-        codes, _ = nearest_centroid(self.near(self.cepstra(mel), at), self.centroids)
-        return {"codes": codes.to(torch.int16), "context": self.wide(self.spectrum(mel), at).to(torch.float16)}
+        spread = 1.0 if self.soft is None else float(self.spread)
+        codes = label_clusters(self.near(self.cepstra(mel), at), self.centroids, self.soft, spread)
+        return {**codes, "context": self.wide(self.spectrum(mel), at).to(torch.float16)}
 
     def logits(self,
         frames: Tensor, # (…,D)
@@ -248,7 +281,7 @@ class Clusters(Objective):
         loss, parts = {}, {}
         for name, keep in (("masked", hidden), ("unmasked", some)):
             logits, codes = self.code_head(frames[keep]), targets["codes"][keep]  # (n,K), (n,)
-            loss[f"{name}_loss"] = mean_cross_entropy(logits, codes)
+            loss[f"{name}_loss"] = code_loss(logits, targets, keep)
             parts[f"{name}_accuracy"] = accuracy(logits, codes)
         for name, keep in (("masked", hidden), ("unmasked", seen)):
             loss[f"{name}_mse"] = mean_squared_error(self.context_head(frames[keep]), targets["context"][keep])

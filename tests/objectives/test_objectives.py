@@ -6,10 +6,13 @@ import torch
 
 from essl_nb.core.registry import EsslError, UnknownName
 from essl_nb.costs.quantiser import quantiser_memory
+from essl_nb.mixers.base import baseline_mixer
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 from essl_nb.objectives.bestrq import quantise, quantise_naive, random_quantiser
 from essl_nb.objectives.clusters import Clusters, normalise_utterance
 from essl_nb.objectives.health import agreement, code_usage, collapsed, effective_rank, health_of, is_collapsed, rankme
-from essl_nb.objectives.objective import (accuracy, build_objective, centres, draw_share, list_objectives, mean_cross_entropy,
+from essl_nb.objectives.objective import (Objective, accuracy, build_objective, centres, draw_share, list_objectives, mean_cross_entropy,
                                    mean_squared_error, objectives, one_thread, sample_frames, stack_context)
 from essl_nb.objectives.spans import SpanConfig, draw_spans, realised_share, start_prob_for
 
@@ -32,18 +35,31 @@ def features():
     return Store({f"u{n}": smooth(61 + 13 * n) * 6 - 6 for n in range(10)})
 
 
-def fitted(name, features, seed=0, **options):
+@pytest.fixture(scope="module")
+def encoder():
+    return build_encoder(EncoderConfig(baseline_mixer(), dim=DIM, depth=2), seed=0)
+
+
+def fitted(name, features, seed=0, encoder=None, **options):
     tiny = {**objectives.get(name).meta["tiny"], **options}
-    return build_objective(name, DIM, **tiny).fit(features, list(features), generator=seeded(seed))
+    task = build_objective(name, DIM, **tiny).fit(features, list(features), generator=seeded(seed))
+    if encoder is not None:
+        task.begin(encoder)
+    return task
 
 
-def batch(objective, features, ids, T=None):
-    "Padded targets and mask of a few utterances."
+def batch(objective, features, ids, T=None, encoder=None):
+    "Padded targets and mask of a few utterances, stored ones and those made of the batch."
+    lengths = torch.tensor([(len(features[i]) - 1) // objective.stride + 1 for i in ids])
+    T = T or int(lengths.max())
+    mask = torch.arange(T) < lengths[:, None]
     made = [objective.label(features[i]) for i in ids]
-    lengths = [len(m["codes"]) for m in made]
-    T = T or max(lengths)
     targets = {k: torch.stack([torch.nn.functional.pad(m[k], [0, 0] * (m[k].ndim - 1) + [0, T - len(m[k])]) for m in made]) for k in made[0]}
-    return targets, torch.arange(T) < torch.tensor(lengths)[:, None]
+    if objective.online:
+        raw = torch.nn.utils.rnn.pad_sequence([features[i] for i in ids], batch_first=True)
+        online = objective.online_targets(encoder, raw, torch.tensor([len(features[i]) for i in ids]), mask)
+        targets |= {k: v.detach() for k, v in online.items()}
+    return targets, mask
 
 
 # spans
@@ -154,11 +170,85 @@ def test_one_thread_restores():
 # every registered objective
 
 def test_names_and_options():
-    assert {"best_rq", "clusters"} <= set(list_objectives())
+    assert {"best_rq", "clusters", "hubert", "wav2vec2", "data2vec"} <= set(list_objectives())
     with pytest.raises(UnknownName, match="clusters"):
         build_objective("cluster", DIM)
     with pytest.raises(EsslError, match="unmasked_weight"):
         build_objective("clusters", DIM, unmasked_weights=1)
+
+
+def test_every_objective_takes_what_a_run_gives(encoder):
+    for name in list_objectives():
+        task = build_objective(name, DIM, stride=2, first=1, **objectives.get(name).meta["tiny"])
+        assert task.stored != task.online and task.copies == 1 and task.identity() == {}
+        state = {k: v.clone() for k, v in task.state_dict().items()}
+        task.at_step(3, 10)  # no state: nothing to save
+        assert all(torch.equal(v, state[k]) for k, v in task.state_dict().items())
+
+
+def test_objectives_without_hooks_keep_their_form(encoder):
+    @objectives.register("plain_guest", tiny={})
+    class PlainGuest(Objective):
+        def __init__(self, dim, *, stride=2, n_mels=80):
+            super().__init__(dim, stride=stride, n_mels=n_mels)
+
+    try:
+        task = build_objective("plain_guest", DIM, first=0)
+        assert (task.first, task.stored, task.online, task.copies) == (0, True, False, 1)
+        assert task.begin(encoder) is task.at_step(0, 1) is task.after_step(encoder) is None
+        assert task.online_targets(encoder, None, None, None) == {} == task.identity()
+        with pytest.raises(EsslError, match="log-mel"):
+            build_objective("plain_guest", DIM, first=1)
+    finally:
+        objectives.remove("plain_guest")
+
+
+@pytest.mark.parametrize("name", [n for n in list_objectives() if objectives.get(n).obj.stored])
+def test_targets_of_a_front_end_over_the_waveform_begin_later(name, features):
+    tasks = [fitted(name, features, stride=1, first=first) for first in (0, 1)]
+    tasks[1].load_state_dict(tasks[0].state_dict())
+    at, later = (task.label(features["u4"])["codes"] for task in tasks)
+    assert len(at) == len(later) and torch.equal(at[1:], later[:-1]) and later[-1] == at[-1]
+    assert centres(7, 2, 3).tolist() == [3, 5, 6, 6]
+
+
+@pytest.mark.parametrize("name", [n for n in list_objectives() if objectives.get(n).obj.online])
+@pytest.mark.parametrize("frontend", ["logmel", "wav2vec2"])
+def test_online_targets_of_any_front_end(name, frontend, features):
+    kw = dict(channels=8) if frontend == "wav2vec2" else {}
+    encoder = build_encoder(EncoderConfig(baseline_mixer(), dim=DIM, depth=2, frontend=frontend, frontend_kw=kw), seed=0)
+    task = fitted(name, features, encoder=encoder)
+    raw, lengths = encoder.frontend.features(torch.randn(2, 9600, generator=seeded()), torch.tensor([9600, 5000]))
+    sizes = encoder.frontend.out_lengths(lengths)
+    mask = torch.arange(int(sizes.max())) < sizes[:, None]
+    span = torch.rand(mask.shape, generator=seeded()) < 0.5
+    losses = []
+    for fill in (0.0, float("nan")):
+        raw = raw.masked_fill((torch.arange(raw.shape[1]) >= lengths[:, None])[..., None], fill)
+        targets = task.online_targets(encoder, raw, lengths, mask)
+        assert all(v.shape[:2] == mask.shape for v in targets.values())
+        task.zero_grad(), encoder.zero_grad()
+        frames = encoder.from_features(raw, lengths, span=span, generator=seeded()).frames
+        loss = task(frames, targets, span, mask, generator=seeded())
+        loss.total.backward()
+        losses.append([loss.total, *loss.parts.values(), *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*losses))
+
+
+@pytest.mark.parametrize("name", [n for n in list_objectives() if objectives.get(n).obj.online])
+def test_several_maskings_share_targets(name, features, encoder):
+    task = fitted(name, features, encoder=encoder).eval()
+    targets, mask = batch(task, features, ["u0", "u4"], encoder=encoder)
+    several = {k: v.repeat_interleave(3, 0) for k, v in targets.items()}
+    mask, span = mask.repeat_interleave(3, 0), torch.rand(6, mask.shape[1], generator=seeded()) < 0.4
+    x = torch.randn(*span.shape, DIM, generator=seeded())
+    together = task(x, several, span, mask, generator=seeded()).parts["masked_loss"]
+    if name == "data2vec":  # nothing is sampled: the mean over copies, weighted by hidden frames
+        hidden = (span & mask).view(2, 3, -1)
+        each = [task(x.view(2, 3, -1, DIM)[:, i], targets, span.view(2, 3, -1)[:, i], mask[::3], generator=seeded()).parts["masked_loss"] for i in range(3)]
+        sizes = hidden.sum((0, 2)).float()
+        assert torch.allclose(together, (torch.stack(each) * sizes).sum() / sizes.sum())
+    assert torch.isfinite(together)
 
 
 @pytest.mark.parametrize("name", list_objectives())
@@ -167,6 +257,7 @@ def test_labels_fit_the_encoder(name, features):
         task = fitted(name, features, stride=stride)
         for T in (1, 2, 7, 60, 61):
             made = task.label(features["u9"][:T])
+            assert bool(made) == task.stored
             assert all(len(v) == (T - 1) // stride + 1 for v in made.values())
             assert all(torch.isfinite(v).all() for v in made.values())
 
@@ -186,29 +277,31 @@ def test_fit_is_deterministic_and_heeds_its_generator(name, features):
 
 
 @pytest.mark.parametrize("name", list_objectives())
-def test_state_dict_keeps_the_task(name, features):
-    task = fitted(name, features)
+def test_state_dict_keeps_the_task(name, features, encoder):
+    task = fitted(name, features, encoder=encoder)
     fresh = build_objective(name, DIM, **objectives.get(name).meta["tiny"])
+    fresh.begin(build_encoder(encoder.config, seed=5))
     with pytest.raises(EsslError, match="fit"):
         fresh.label(features["u0"])
     fresh.load_state_dict(task.state_dict())
-    for k, v in task.label(features["u3"]).items():
-        assert torch.equal(v, fresh.label(features["u3"])[k])
+    (made, mask), (again, _) = (batch(t, features, ["u3"], encoder=encoder) for t in (task, fresh))
+    assert made and all(torch.equal(v, again[k]) for k, v in made.items())
 
 
 @pytest.mark.parametrize("name", list_objectives())
-def test_pads_cannot_leak(name, features):
-    task, ids = fitted(name, features), ["u0", "u4"]
-    targets, mask = batch(task, features, ids)
+def test_pads_cannot_leak(name, features, encoder):
+    task, ids = fitted(name, features, encoder=encoder), ["u0", "u4"]
+    targets, mask = batch(task, features, ids, encoder=encoder)
     frames = torch.randn(*mask.shape, DIM, generator=seeded())
     span = torch.rand(mask.shape, generator=seeded()) < 0.4
     results = []
     for fill, hidden in ((0.0, span & mask), (float("nan"), span | ~mask)):
         x = frames.masked_fill(~mask[..., None], fill).requires_grad_()
         task.zero_grad()
-        total, parts = task(x, targets, hidden, mask, generator=seeded())
+        poisoned = {k: v.masked_fill(~mask.reshape(*mask.shape, *[1] * (v.ndim - 2)), fill) if v.dtype == torch.float32 else v for k, v in targets.items()}
+        total, parts = task(x, poisoned, hidden, mask, generator=seeded())
         total.backward()
-        results.append((total.detach(), parts, x.grad, [p.grad.clone() for p in task.parameters()]))
+        results.append((total.detach(), parts, x.grad, [p.grad.clone() for p in task.parameters() if p.requires_grad]))
     (a, pa, ga, wa), (b, pb, gb, wb) = results
     assert torch.equal(a, b) and all(torch.equal(pa[k], pb[k]) for k in pa)
     assert torch.equal(ga, gb) and (ga[~mask] == 0).all() and all(map(torch.equal, wa, wb))
@@ -216,22 +309,24 @@ def test_pads_cannot_leak(name, features):
 
 @pytest.mark.parametrize("name", list_objectives())
 @pytest.mark.parametrize("case", ["none hidden", "all hidden", "no real frame"])
-def test_losses_stay_finite(name, case, features):
-    task = fitted(name, features)
-    targets, mask = batch(task, features, ["u1", "u2"])
+def test_losses_stay_finite(name, case, features, encoder):
+    task = fitted(name, features, encoder=encoder)
+    targets, mask = batch(task, features, ["u1", "u2"], encoder=encoder)
     span = torch.full(mask.shape, case == "all hidden")
     mask = torch.zeros_like(mask) if case == "no real frame" else mask
+    nothing = not (span & mask).any()
     x = torch.randn(*mask.shape, DIM, requires_grad=True)
     total, parts = task(x, targets, span, mask, generator=seeded())
     total.backward()
+    assert not nothing or parts["masked_loss"] == 0
     assert torch.isfinite(total) and torch.isfinite(x.grad).all() and all(torch.isfinite(v) for v in parts.values())
-    assert "masked_accuracy" in parts and not any(v.requires_grad for v in parts.values())
+    assert {"masked_accuracy", "explained"} & set(parts) and parts["masked_loss"] >= 0 and not any(v.requires_grad for v in parts.values())
 
 
 @pytest.mark.parametrize("name", list_objectives())
-def test_loss_under_autocast_is_near_and_float32(name, features):
-    task = fitted(name, features)
-    targets, mask = batch(task, features, ["u1", "u2"])
+def test_loss_under_autocast_is_near_and_float32(name, features, encoder):
+    task = fitted(name, features, encoder=encoder)
+    targets, mask = batch(task, features, ["u1", "u2"], encoder=encoder)
     x, span = torch.randn(*mask.shape, DIM, generator=seeded()), torch.rand(mask.shape, generator=seeded()) < 0.4
     full = task(x, targets, span, mask, generator=seeded()).total
     with torch.autocast("cpu", torch.bfloat16):
@@ -240,20 +335,20 @@ def test_loss_under_autocast_is_near_and_float32(name, features):
 
 
 @pytest.mark.parametrize("name", list_objectives())
-def test_an_objective_can_be_learnt(name, features):
+def test_an_objective_can_be_learnt(name, features, encoder):
     "Free frames, one vector each: the loss must fall and the hidden codes be found."
-    task = fitted(name, features)
-    targets, mask = batch(task, features, ["u0", "u1"])
+    task = fitted(name, features, encoder=encoder).eval()  # wav2vec 2.0's codes are the same at every step
+    targets, mask = batch(task, features, ["u0", "u1"], encoder=encoder)
     frames = torch.nn.Parameter(0.1 * torch.randn(*mask.shape, DIM, generator=seeded()))
     span = torch.rand(mask.shape, generator=seeded()) < 0.4
-    optimiser = torch.optim.Adam([frames, *task.parameters()], lr=0.05)
+    optimiser = torch.optim.Adam([frames, *(p for p in task.parameters() if p.requires_grad)], lr=0.05)
     for step in range(120):
         total, parts = task(frames, targets, span, mask, generator=seeded(step))
-        first = total.item() if step == 0 else first
+        first = parts["masked_loss"].item() if step == 0 else first
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
-    assert total.item() < 0.3 * first and parts["masked_accuracy"] > 0.95
+    assert parts["masked_loss"].item() < 0.3 * first and parts.get("masked_accuracy", parts.get("explained")) > 0.95
 
 
 def test_label_refuses_what_does_not_fit(features):
@@ -360,6 +455,21 @@ def test_each_weight_weighs(weight, part, features):
     x, span = torch.randn(*mask.shape, DIM, generator=seeded()), torch.rand(mask.shape, generator=seeded()) < 0.4
     a, b = (task(x, targets, span, mask, generator=seeded()) for task in (one, five))
     assert torch.allclose(b.total - a.total, 4 * a.parts[part], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clusters", "hubert"])
+def test_soft_targets_keep_the_codes_and_soften_the_loss(name, features):
+    hard, soft = fitted(name, features), fitted(name, features, soft=0.3)
+    (made, mask), (softly, _) = (batch(task, features, ["u0", "u3"]) for task in (hard, soft))
+    real = mask[..., None].expand(-1, -1, 8)
+    assert torch.equal(made["codes"], softly["codes"]) and softly["posterior"].dtype == torch.float16
+    assert torch.allclose(softly["posterior"].float().sum(-1)[mask], torch.ones(()), atol=2e-3) and (softly["posterior"][real] >= 0).all()
+    x, span = torch.randn(*mask.shape, DIM, generator=seeded()), torch.rand(mask.shape, generator=seeded()) < 0.4
+    a, b = (task(x, t, span, mask, generator=seeded()).parts for task, t in ((hard, made), (soft, softly)))
+    assert a["masked_loss"] != b["masked_loss"] and torch.equal(a["masked_accuracy"], b["masked_accuracy"])
+    assert "spread" not in fitted("clusters", features).state_dict()  # hard clusters are stored as before
+    with pytest.raises(EsslError, match="soft"):
+        build_objective(name, DIM, soft=-1.0)
 
 
 @pytest.mark.parametrize("wrong", [dict(clusters=1), dict(clusters=40_000), dict(unmasked_share=1.2)], ids=str)
