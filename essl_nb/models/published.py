@@ -137,7 +137,10 @@ def from_published(
     elif hub:
         raise EsslError(f"{', '.join(hub)} is for names on the hub, and {source} is on this disk.")
     original, dropped = open_published(path, heads=heads, pre_norm=pre_norm, normalise=normalise)
-    encoder, inherited = with_mixer(original, mixer, mixer_kw=mixer_kw, layers=layers, seed=seed)
+    if mixer in (None, original.config.mixer) and mixer_kw is None and layers is None:
+        encoder, inherited = original, Inherited({n: t.numel() for n, t in original.state_dict().items()}, {}, {})
+    else:
+        encoder, inherited = with_mixer(original, mixer, mixer_kw=mixer_kw, layers=layers, seed=seed)
     return Published(encoder, inherited._replace(left=inherited.left | dropped), str(source))
 
 # %% ../../nbs/models/13b_published.ipynb #c50f9038
