@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICKLED', 'SHARDS', 'WANTED', 'CONVERT', 'DEFAULTS', 'refuse_pickled', 'read_weights', 'read_settings',
-           'stored_normalise', 'Published', 'without_place', 'open_published', 'from_published']
+           'stored_normalise', 'Published', 'without_place', 'open_published', 'from_published', 'start_from']
 
 # %% ../../nbs/models/13b_published.ipynb #f4b6418d
 import re
@@ -16,7 +16,7 @@ from ..core.files import load_tensors, read_json
 from ..core.registry import EsslError
 from .encoder import Encoder, load_encoder
 from .hub import download
-from .swap import Inherited, with_mixer
+from .swap import Inherited, inherit, with_mixer
 from .wav2vec2 import HIDDEN, KINDS, OTHERS, from_settings, from_torchaudio, unwrapped
 from .wav2vec2_conformer import is_conformer
 
@@ -137,5 +137,19 @@ def from_published(
     elif hub:
         raise EsslError(f"{', '.join(hub)} is for names on the hub, and {source} is on this disk.")
     original, dropped = open_published(path, heads=heads, pre_norm=pre_norm, normalise=normalise)
-    encoder, inherited = with_mixer(original, mixer, mixer_kw=mixer_kw, layers=layers, seed=seed)
+    if mixer in (None, original.config.mixer) and mixer_kw is None and layers is None:
+        encoder, inherited = original, Inherited({n: t.numel() for n, t in original.state_dict().items()}, {}, {})
+    else:
+        encoder, inherited = with_mixer(original, mixer, mixer_kw=mixer_kw, layers=layers, seed=seed)
     return Published(encoder, inherited._replace(left=inherited.left | dropped), str(source))
+
+# %% ../../nbs/models/13b_published.ipynb #c50f9038
+def start_from(
+    encoder: Encoder, # gets the weights
+    source, # what `from_published` opens
+    *,
+    layers=None, # blocks of the source that are taken: the first so many, or a list of numbers from 0; None: all
+    **kw, # of `from_published`: heads, normalise, revision …
+) -> Inherited:
+    "Copy what has a place, the mixer too where it is the same. Raises EsslError where the encoders differ in more than mixer and depth."
+    return inherit(encoder, from_published(source, **kw).encoder, layers=layers)

@@ -67,26 +67,32 @@ class Distil(Objective):
         found = from_published(teacher).encoder if teacher else None
         self.frames, self.cosine_weight, self.folder = frames, cosine_weight, teacher
         self.pairs = checked_pairs(pairs if pairs is not None else spread_layers(found.config.depth) if found else [[-1, -1]])
-        self.hash = weights_hash(found) if found else None
-        self.holder = [found]  # in a list, so that it is no submodule: neither trained nor stored
+        self.named, self.copied = [found] if found else [], None  # in a list, so that it is no submodule: neither trained nor stored
         self.heads = nn.ModuleList(nn.Linear(dim, found.config.dim if found else dim) for _ in self.pairs)
 
     @property
     def teacher(self):
         "The frozen encoder. Raises EsslError before the run has begun, where that is when it is made."
-        if self.holder[0] is None:
+        if not self.named and self.copied is None:
             raise EsslError("The teacher is the encoder as the run begins, and begin(encoder) was not called; call it, or name a teacher.")
-        return self.holder[0]
+        return self.named[0] if self.named else self.copied
 
-    def identity(self) -> dict: # {"teacher": hash or None}
+    def identity(self) -> dict: # {"teacher": hash}, empty without a named one
         "The hash of the teacher's weights."
-        return {"teacher": self.hash}
+        return {"teacher": weights_hash(self.teacher)} if self.named else {}
+
+    def train(self, mode: bool = True):
+        "As every module, but the teacher stays in evaluation mode."
+        super().train(mode)
+        if self.copied is not None:
+            self.copied.eval()
+        return self
 
     @torch.no_grad()
     def begin(self, encoder):
         "Check that teacher and encoder read the same frames. Raises EsslError where they do not."
-        if self.holder[0] is None:
-            self.holder[0] = copy.deepcopy(encoder)
+        if not self.named:
+            self.copied = copy.deepcopy(encoder)
         self.teacher.eval().requires_grad_(False)
         ours, theirs = encoder.frontend, self.teacher.frontend
         if ours.spec != theirs.spec or encoder.frame_seconds != self.teacher.frame_seconds:
@@ -119,17 +125,15 @@ class Distil(Objective):
         layers = frames if isinstance(frames, (list, tuple)) else [frames]
         hidden, seen = hidden_and_seen(span, mask)
         counted = hidden if self.frames == "hidden" else hidden | seen
-        total, cosines, masked = 0.0, [], []
+        sums, total = 0.0, 0.0
         for i, (head, (layer, _)) in enumerate(zip(self.heads, self.pairs)):
-            truth = targets[f"teacher{i}"]
-            loss, cosine = distillation_loss(head(layers[layer][counted]), truth[counted], cosine_weight=self.cosine_weight)
-            total, cosines = total + loss, [*cosines, cosine]
-            with torch.no_grad():
-                guess = head(torch.where(hidden[..., None], layers[layer], 0))  # (B,T,D')
-                masked.append(distillation_loss(guess[hidden], truth[hidden])[1])
+            guess, truth = head(torch.where((hidden | seen)[..., None], layers[layer], 0)), targets[f"teacher{i}"]  # (B,T,D')
+            loss, cosine = distillation_loss(guess[counted], truth[counted], cosine_weight=self.cosine_weight)
+            masked = distillation_loss(guess[hidden].detach(), truth[hidden], cosine_weight=self.cosine_weight)
+            total, sums = total + loss, sums + torch.stack([masked[0], cosine, masked[1]])
+        masked_loss, cosine, masked_cosine = sums[0], *(sums[1:] / len(self.pairs))
         found = nearest_is_own(guess, truth, hidden, hidden | seen)
-        parts = dict(cosine=torch.stack(cosines).mean(), masked_cosine=torch.stack(masked).mean(), masked_accuracy=found)
-        return Loss(total, parts)
+        return Loss(total, dict(masked_loss=masked_loss, masked_accuracy=found, cosine=cosine, masked_cosine=masked_cosine))
 
 # %% ../../nbs/objectives/06_distil.ipynb #b8f45c2f
 def checked_pairs(pairs) -> list: # of [student layer, teacher layer]

@@ -5,10 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from essl_nb import list_mixers
+from essl_nb import build_encoder, list_mixers
 from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import baseline_mixer, mixers
-from essl_nb.models.published import from_published
+from essl_nb.models.config import named_config
+from essl_nb.models.published import from_published, start_from
 from essl_nb.models.swap import inherit, with_mixer
 
 from test_published import LAYOUTS, WAV, published
@@ -121,6 +122,18 @@ def test_a_folder_of_this_project_is_opened_too(folders, tmp_path):
     for folder in (tmp_path / "run", tmp_path / "run" / "encoder"):
         assert torch.equal(from_published(folder).encoder(WAV).frames, own(WAV).frames)
     assert from_published(tmp_path / "run", OTHER).inherited.new
+
+
+@pytest.mark.parametrize("kind", ["conformer, relative", "HuBERT, layer, post-norm"])
+def test_an_encoder_of_that_configuration_starts_from_the_weights(folders, kind, tmp_path):
+    first = from_published(folders[kind][1], OTHER, seed=3).encoder
+    built = build_encoder(first.config, seed=4)
+    counts = start_from(built, folders[kind][1])
+    assert set(counts.new) == {n for n in built.state_dict() if ".mixer." in n}
+    counts = start_from(built, first.save(tmp_path))  # the new mixer goes over too
+    assert not counts.new and torch.equal(built.eval()(WAV).frames, first(WAV).frames)
+    with pytest.raises(EsslError, match="differ in .*frontend: 'wav2vec2' there, 'logmel' here"):
+        start_from(build_encoder(named_config("tiny", OTHER)), folders[kind][1])
 
 
 def cache(root, name, files):

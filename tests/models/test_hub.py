@@ -195,7 +195,7 @@ def run_folder(encoder, tmp_path):
     for name, value in RUN.items():
         (tmp_path / "run" / name).write_text(json.dumps(value))
     (tmp_path / "run" / "scores.jsonl").write_text(json.dumps(dict(probe="phones", metric="per", value=0.4, low=0.38, high=0.42, n=62, head="linear", split="test")) + "\n")
-    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(dict(step=10, alarm="code collapse")) + "\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(dict(step=s, alarms=a)) + "\n" for s, a in ((5, []), (10, ["code collapse"]), (15, ["code collapse", dict(name="loss at chance")]))))
     return tmp_path / "run"
 
 
@@ -207,7 +207,7 @@ def test_what_is_opened_from_a_run_is_shared_with_the_runs_card(encoder, run_fol
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["license"] == "cc-by-4.0" and head["datasets"] == ["mine"] and head["metrics"] == ["per"] and {"speech", "clusters", CONFIG.mixer} <= set(head["tags"])
-    for found in ("0123456789ab", "5.6", "a time limit", "109.6", "38.0% to 42.0%", "1 alarms", "step 10", "CC-BY-4.0", "0.25", "a processor", "mixer: "):
+    for found in ("0123456789ab", "5.6", "a time limit", "109.6", "38.0% to 42.0%", "code collapse, since step 10; loss at chance, since step 15", "CC-BY-4.0", "0.25", "a processor", "mixer: "):
         assert found in card, found
     from huggingface_hub import ModelCard, metadata_load
 

@@ -3,7 +3,9 @@ import pytest
 import torch
 from torch import nn
 
+from essl_nb import EncoderConfig, build_encoder, list_mixers
 from essl_nb.core.registry import EsslError
+from essl_nb.mixers.attention import Attention
 from essl_nb.models.wav2vec2 import from_torchaudio, from_transformers
 
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, conv_dim=(32,) * 7)
@@ -71,6 +73,31 @@ def test_padding_changes_nothing(layout):
     T = single.shape[1]
     torch.testing.assert_close(padded[:, :T], single, atol=1e-5, rtol=1e-4)
     assert not padded[:, T:].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rotated_frames_know_distance_and_stream(causal):
+    mixer = Attention(16, num_heads=2, rotary="frames", causal=causal).double()
+    x, mask = torch.randn(2, 21, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(21)[None] < torch.tensor([[21], [13]])
+    ours, single = mixer(torch.where(mask[..., None], x, torch.nan), mask), mixer(x[1:, :13])
+    torch.testing.assert_close(ours[1:, :13], single)
+    assert not ours[1, 13:].any() and not torch.allclose(ours[0], Attention.forward(mixer, x.flip(1))[0].flip(0))
+    torch.testing.assert_close(mixer.maps(x)["weights"].values @ mixer.heads(x)[2], torch.nn.functional.scaled_dot_product_attention(*mixer.heads(x), is_causal=causal))
+    if causal:
+        state, parts = mixer.init_state(2), []
+        for part in x.split(5, 1):
+            y, state = mixer.step(part, state)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 1), mixer(x))
+    with pytest.raises(EsslError, match="True, False or 'frames'"):
+        Attention(16, num_heads=2, rotary="keys")
+
+
+def test_a_norm_that_stands_nowhere_is_refused():
+    with pytest.raises(EsslError, match="'first' or 'last'"):
+        build_encoder(EncoderConfig(list_mixers()[0], dim=32, block="conformer", block_kw=dict(encoder_norm="never")))
+    with pytest.raises(EsslError, match="looks ahead"):
+        EncoderConfig(list_mixers()[0], dim=32, position="stacked", causal=True)
 
 
 CHANGES = [

@@ -65,7 +65,9 @@ def test_pairs_are_summed_over_real_frames(folder, teacher):
     loss = task(layers, targets, span, mask, generator=seeded())
     by_hand = sum(distillation_loss(head(layers[s][mask]), theirs[t][mask], cosine_weight=2.0)[0] for head, (s, t) in zip(task.heads, task.pairs))
     torch.testing.assert_close(loss.total, by_hand)
-    assert set(loss.parts) == {"cosine", "masked_cosine", "masked_accuracy"} and not any(v.requires_grad for v in loss.parts.values())
+    on_hidden = sum(distillation_loss(head(layers[s][mask & span]), theirs[t][mask & span], cosine_weight=2.0)[0] for head, (s, t) in zip(task.heads, task.pairs))
+    torch.testing.assert_close(loss.parts["masked_loss"], on_hidden.detach())
+    assert set(loss.parts) == {"masked_loss", "cosine", "masked_cosine", "masked_accuracy"} and not any(v.requires_grad for v in loss.parts.values())
     hidden = Distil(64, teacher=folder, pairs=[[-1, 3]], frames="hidden")
     hidden.begin(encoder)
     frames = layers[-1].detach().requires_grad_()
@@ -94,6 +96,11 @@ def test_without_a_name_the_teacher_is_the_encoder_at_the_start():
     with torch.no_grad():
         encoder.norm.weight.mul_(2), encoder.blocks[0].ff[0].weight.mul_(2)
     assert torch.equal(task.online_targets(encoder, raw, LENGTHS, mask)["teacher0"], before)
+    again = Distil(64)
+    again.begin(encoder)
+    again.load_state_dict(task.state_dict())  # a resumed run: the copy is in its state
+    assert torch.equal(again.online_targets(encoder, raw, LENGTHS, mask)["teacher0"], before)
+    assert not task.train().teacher.training and {n.split(".")[0] for n, p in task.named_parameters() if p.requires_grad} == {"heads"} and task.identity() == {}
 
 
 def test_padding_changes_nothing(folder):
