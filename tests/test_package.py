@@ -76,7 +76,7 @@ class Block:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.split('.')[0])
 sys.meta_path.insert(0, Block())
 """
-IMPORTS = {"numba-cuda": "numba_cuda", "nvidia-nvvm": "nvvm", "huggingface-hub": "huggingface_hub"}
+IMPORTS = {"numba-cuda": "numba_cuda", "nvidia-nvvm": "nvvm", "huggingface-hub": "huggingface_hub", "ufal-flashlight-text": "flashlight"}
 
 
 def test_with_the_core_alone_all_is_there_or_says_what_is_missing():

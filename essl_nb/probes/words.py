@@ -177,6 +177,8 @@ def finetune_words(
         if value < 1:
             raise EsslError(f"{name}={value} was given; it must be at least 1.")
     folder, at = Path(folder), torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if at.type == "cuda" and not torch.cuda.is_available():
+        raise EsslError(f"device={device!r} was given and there is no CUDA device here; take device='cpu' or 'auto'.")
     with plain_torch(), sole_run(folder):
         if check_words_folder(folder, config, resume):
             print(f"{folder} is finished: nothing to do. Another folder begins anew.")

@@ -27,6 +27,7 @@ from essl_nb.probes import words
 from essl_nb.probes import words_step as words_step_module
 from essl_nb.probes.decode import TextEvaluation
 from essl_nb.probes.finetune import Diverged, Recogniser, seeded
+from essl_nb.probes.languages import language_pairs, language_rows, most_speech
 from essl_nb.probes.transcriber import Transcriber, export_recogniser, load_recogniser
 from essl_nb.probes.vocabulary import Characters
 from essl_nb.probes.words import compare_runs, finetune_words, load_score
@@ -455,6 +456,19 @@ def test_a_head_of_another_vocabulary_is_refused(finished, tmp_path):
         load_recogniser(tmp_path / "model")
     with pytest.raises(EsslError, match="holds no recogniser"):
         load_recogniser(tmp_path / "none")
+
+
+def test_rows_of_languages_are_made_once_and_paired(config, tmp_path):
+    config, path = replace(config, steps=1, freeze=None), tmp_path / "rows.jsonl"
+    make = lambda: language_rows(path, config, languages=("en", "ca"), folders=tmp_path / "runs", **OFTEN)
+    assert make() == 4 and make() == 0
+    pairs = language_pairs(path)
+    assert [p["language"] for p in pairs] == ["ca", "en"] and all(p["pretrained"].n == p["scratch"].n == 4 for p in pairs)
+    away, low, high = pairs[0]["difference"]
+    assert low <= away <= high and away == pairs[0]["pretrained"].value - pairs[0]["scratch"].value
+    assert most_speech(load_corpus(config.corpus), 1).keys() <= {"ca", "en"}
+    with pytest.raises(EsslError, match="tools/words.py"):
+        language_pairs(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize("wrong", [dict(steps=0), dict(freeze=1.0), dict(start="scratch", layer_decay=0.9), dict(lm="x.arpa"), dict(layer_decay=0.0), dict(lr=-1.0)])
