@@ -148,7 +148,7 @@ class Wav2Vec2(Objective):
         temperature_end: float = 0.5, # and at last
         temperature_decay: float | None = None, # factor at each step, 0.999995 in the paper; None: the end is reached after 0.69 of the steps, as there
         diversity_weight: float = 0.1, # of the diversity loss
-        penalty_weight: float = 10.0, # of the feature penalty
+        penalty_weight: float | None = None, # of the feature penalty; None: 10 over the waveform, 0 over log-mel
     ):
         super().__init__(dim, stride=stride, n_mels=n_mels, first=first)
         if negatives < 1 or not 0 < temperature_end <= temperature_start:
@@ -169,6 +169,11 @@ class Wav2Vec2(Objective):
         weight, codebook = self.quantiser.score.weight, self.quantiser.codebook
         weight.copy_(torch.randn(weight.shape, generator=generator))
         codebook.copy_(torch.rand(codebook.shape, generator=generator))
+
+    def begin(self, encoder):
+        "Choose the weight of the feature penalty by the front end, where none was given."
+        if self.penalty_weight is None:
+            self.penalty_weight = 0.0 if encoder.frontend.stored else 10.0
 
     def at_step(self, step: int, steps: int):
         "The temperature of this step."
@@ -211,7 +216,7 @@ class Wav2Vec2(Objective):
         some = float(n > 0)
         diversity = some * (GV - perplexity(found.probabilities)) / GV
         penalty = some * energy.sum() / max(len(energy), 1)
-        total = contrastive + self.diversity_weight * diversity + self.penalty_weight * penalty
+        total = contrastive + self.diversity_weight * diversity + (self.penalty_weight or 0.0) * penalty
         with torch.no_grad():
             others = logits[:, 1:].max(1).values  # -inf where there is nothing to compare with
             right = (logits[:, 0] > others) & others.isfinite()

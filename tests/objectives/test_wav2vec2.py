@@ -3,6 +3,9 @@ import pytest
 import torch
 
 from essl_nb.core.registry import EsslError
+from essl_nb.mixers.base import baseline_mixer
+from essl_nb.models.config import EncoderConfig
+from essl_nb.models.encoder import build_encoder
 from essl_nb.objectives.objective import build_objective
 from essl_nb.objectives.wav2vec2 import GumbelQuantiser, Wav2Vec2, gumbel_noise, negative_indices, perplexity
 
@@ -134,6 +137,22 @@ def test_temperature_is_a_function_of_the_step():
     task = Wav2Vec2(8)
     task.at_step(69, 100)
     assert task.temperature == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("frontend, weight", [("logmel", 0.0), ("wav2vec2", 10.0)])
+def test_penalty_by_front_end(frontend, weight):
+    encoder = build_encoder(EncoderConfig(baseline_mixer(), dim=8, depth=1, frontend=frontend, frontend_kw=dict(channels=8) if weight else {}), seed=0)
+    for given, expected in ((None, weight), (3.0, 3.0)):
+        task = Wav2Vec2(8, entries=4, code_dim=4, negatives=3, penalty_weight=given)
+        task.begin(encoder)
+        assert task.penalty_weight == expected
+    wav = torch.randn(1, 4000, generator=seeded())
+    raw, lengths = encoder.frontend.features(wav)
+    held = []
+    norm = encoder.frontend.last_norm if weight else encoder.frontend.norm
+    norm.register_forward_hook(lambda m, a, out: held.append(a[0]))
+    energy = task.online_targets(encoder, raw, None, None)["energy"]
+    assert torch.allclose(energy, held[0].square().mean(-1)) and energy.requires_grad
 
 
 @pytest.mark.parametrize("wrong", [dict(code_dim=7), dict(entries=1), dict(negatives=0), dict(temperature_end=3.0), dict(temperature_decay=1.5)], ids=str)
