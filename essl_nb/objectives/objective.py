@@ -110,6 +110,7 @@ class Objective(nn.Module):
     stored = True  # whether `label` makes targets before training
     online = False  # whether `online_targets` makes targets of each batch
     copies = 1  # maskings of each utterance in one forward pass
+    chance = None  # masked accuracy of a guess that ignores the input; None: the share of the commonest target
     wants_layers = False  # whether `forward` is given the list of all layers' frames instead of the last ones
 
     def __init__(self,

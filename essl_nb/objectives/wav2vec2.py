@@ -160,7 +160,7 @@ class Wav2Vec2(Objective):
         self.diversity_weight, self.penalty_weight = diversity_weight, penalty_weight
         self.quantiser = GumbelQuantiser(dim, groups=groups, entries=entries, dim=code_dim)
         self.project_codes, self.project_frames = nn.Linear(code_dim, code_dim), nn.Linear(dim, code_dim)
-        self.temperature = temperature_start
+        self.temperature, self.chance = temperature_start, 1 / (1 + negatives)
 
     @torch.no_grad()
     def draw_heads(self, generator: torch.Generator):

@@ -109,7 +109,7 @@ def train(
 ) -> tuple: # health, why it ended early or None, the signal that stopped it or 0
     "Step after step, until the last one, a collapse, or a stop signal."
     stopped = health = None
-    asked, steps, watch = 0, run.stages[-1], Watch(run.config, folder)
+    asked, steps, watch = 0, run.stages[-1], Watch(run, folder)
     with closing(bar_for(run, progress)) as bar:
         while run.step < steps and not stopped and not asked:
             row = train_step(run)
@@ -119,7 +119,7 @@ def train(
                 row.update({f"valid_{k}": v for k, v in health.items() if v is not None})
             stopped = not_finite(run, folder) or stopped
             asked, due = map(int, run.ranks.reduce([stop.number, saver.due()], "MAX"))
-            if run.ranks.rank == 0 and (run.step % log_every == 0 or run.step == steps or stopped or "valid_finite" in row):
+            if run.ranks.rank == 0 and (run.step % log_every == 0 or run.step in (1, steps) or stopped or "valid_finite" in row):
                 row["waiting"] = run.reader.waiting_share()
                 found = watch(run.step, row)
                 log(folder, board, run.step, row, found)
@@ -197,7 +197,7 @@ def not_finite(run: Run, folder: Path, patience: int = PATIENCE) -> str | None: 
 def check_health(run: Run) -> tuple: # health, a reason to stop or None; the same in every process
     "The run's health, measured on rank 0."
     health = plain_numbers(health_report(run)) if run.ranks.rank == 0 or is_sharded(run.wrapped) else None
-    return tuple(run.ranks.broadcast([health, collapsed(health, run.step) if health else None]))
+    return tuple(run.ranks.broadcast([health, collapsed(health, run.step, objective=run.config.objective) if health else None]))
 
 # %% ../../nbs/train/06_loop.ipynb #32703dd4
 def open_board(folder: Path, step: int):
@@ -217,15 +217,16 @@ def plain_numbers(row: dict) -> dict:
 class Watch:
     "Looks for alarms in the log of a run, resumed ones included; a new one is printed once."
 
-    def __init__(self, config: PretrainConfig, folder: Path):
-        self.objective, self.band = config.objective, load_bands().get(config.objective) if config.corpus == "bundled" else None
+    def __init__(self, run: Run, folder: Path):
+        c = run.config
+        self.how = dict(objective=c.objective, chance=run.objective.chance, band=load_bands().get(c.objective) if c.corpus == "bundled" else None)
         self.rows = read_lines(folder / "metrics.jsonl")[0] if (folder / "metrics.jsonl").exists() else []
         self.told = {name for row in self.rows for name in row.get("alarms", ())}
 
     def __call__(self, step: int, row: dict) -> list: # of Alarm
         "The alarms after one more row."
         self.rows.append(dict(step=step, **plain_numbers(row)))
-        found = alarms(self.rows, objective=self.objective, band=self.band)
+        found = alarms(self.rows, **self.how)
         for one in found:
             if one.name not in self.told:
                 tqdm.write(f"Alarm: {one}")
