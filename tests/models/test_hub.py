@@ -182,7 +182,7 @@ def test_up_to_the_hub_and_down_again(hub, tmp_path):
 
 
 RUN = {
-    "config.json": dict(encoder=dict(mixer=list_mixers()[0], dim=32, depth=1, block="transformer", frontend="logmel"), objective="clusters", steps=20),
+    "config.json": dict(encoder=dict(mixer=list_mixers()[0], dim=32, depth=1, block="transformer", frontend="logmel"), objective="clusters", steps=20, corpus="/data/one/speech"),
     "run.json": dict(data=dict(name="mine", data_hash="0123456789ab", hours=5.6, utterances=12, licences=["CC-BY-4.0"]), precision="fp32", made=dict(processes=1, device="cpu", torch="2")),
     "result.json": dict(value=dict(steps=20, hours=0.5, epochs=1.5, masked_share=0.4, skipped=0, stopped="a time limit", parameters=5, weights="ab" * 32, health=dict(masked_accuracy=0.16, rankme=109.6))),
     "cost.json": [dict(card="training", machine=dict(cpu="a processor"), threads=1, precision="fp32", step_s=0.25, peak_bytes=1 << 20)],
@@ -207,6 +207,7 @@ def test_what_is_opened_from_a_run_is_shared_with_the_runs_card(encoder, run_fol
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["license"] == "cc-by-4.0" and head["datasets"] == ["mine"] and head["metrics"] == ["per"] and {"speech", "clusters", CONFIG.mixer} <= set(head["tags"])
+    assert "corpus: speech" in card and "/data/one" not in card
     for found in ("0123456789ab", "5.6", "a time limit", "109.6", "38.0% to 42.0%", "code collapse, since step 10; loss at chance, since step 15", "CC-BY-4.0", "0.25", "a processor", "mixer: "):
         assert found in card, found
     from huggingface_hub import ModelCard, metadata_load
