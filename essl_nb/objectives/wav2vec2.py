@@ -148,7 +148,7 @@ class Wav2Vec2(Objective):
         temperature_end: float = 0.5, # and at last
         temperature_decay: float | None = None, # factor at each step, 0.999995 in the paper; None: the end is reached after 0.69 of the steps, as there
         diversity_weight: float = 0.1, # of the diversity loss
-        penalty_weight: float | None = None, # of the feature penalty; None: 10 over the waveform, 0 over log-mel
+        penalty_weight: float | None = None, # of the feature penalty; None: 10 before a front end's `last_norm`, as wav2vec 2.0's has one, else 0
     ):
         super().__init__(dim, stride=stride, n_mels=n_mels, first=first)
         if negatives < 1 or not 0 < temperature_end <= temperature_start:
@@ -173,7 +173,7 @@ class Wav2Vec2(Objective):
     def begin(self, encoder):
         "Choose the weight of the feature penalty by the front end, where none was given."
         if self.penalty_weight is None:
-            self.penalty_weight = 0.0 if encoder.frontend.stored else 10.0
+            self.penalty_weight = 10.0 if hasattr(encoder.frontend, "last_norm") else 0.0
 
     def at_step(self, step: int, steps: int):
         "The temperature of this step."
