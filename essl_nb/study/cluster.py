@@ -37,16 +37,17 @@ class Preset(NamedTuple):
     precision: str  # fp32 or bf16
     batch_seconds: float  # of audio in one batch
     compile: bool  # whether blocks are compiled
-    cpus: int  # a GPU: the process, and workers that read and decode
+    cpus: int  # a GPU: its process, and workers
     mem: int  # GB a GPU
+    workers: int  # processes that read and decode ahead
 
 
 PRESETS = {
-    "v100": Preset("fp32", 88.0, False, 8, 40),
-    "a100": Preset("bf16", 220.0, True, 8, 60),
-    "h100": Preset("bf16", 220.0, True, 12, 90),
+    "v100": Preset("fp32", 88.0, False, 8, 40, 4),
+    "a100": Preset("bf16", 220.0, True, 8, 60, 6),
+    "h100": Preset("bf16", 220.0, True, 12, 90, 10),
 }
-PLAIN = Preset("auto", 0.0, False, 4, 16)  # a node of no stated kind
+PLAIN = Preset("auto", 0.0, False, 4, 16, 0)  # a node of no stated kind
 
 # %% ../../nbs/study/05b_cluster.ipynb #29e5c190
 WAIT = 60.0  # s that a stopped task waits for the scheduler to end it
@@ -277,7 +278,7 @@ def essl_submit(
     folder: str = "", # where the run or the study is; the same folder again resumes it
     config: str = "", # a file of settings of a pre-training, as essl_pretrain takes it
     size: Literal["tiny", "small", "base"] | None = None, # dim and depth, as essl_pretrain takes it
-    preset: Literal["v100", "a100", "h100"] | None = None, # the kind of GPU: gives precision, batch_seconds, compilation, cpus and mem where they are not given
+    preset: Literal["v100", "a100", "h100"] | None = None, # the kind of GPU: gives precision, batch_seconds, compilation, workers, cpus and mem where they are not given
     nodes: int = 1, # of a pre-training
     gpus: int = 0, # a node, one task each; 0: on CPUs
     cpus: int = 0, # a task; 0: the preset's, else 4
@@ -293,6 +294,7 @@ def essl_submit(
     parallel: Literal["ddp", "fsdp2"] = "ddp", # each GPU holds the whole network, or a share of it
     recompute: bool = False, # compute blocks again in the backward pass: less memory, a third more time
     compile: Literal["preset", "on", "off"] = "preset", # translate the blocks by torch.compile
+    workers: int = -1, # processes of each task that read batches ahead; -1: the preset's, else none
     dry_run: bool = False, # print the script and submit nothing
     local: bool = False, # run the jobs on this machine and wait for them
     settings: dict | None = None, # nested fields of PretrainConfig
@@ -303,7 +305,8 @@ def essl_submit(
         raise EsslError(f"What shall be submitted? {what!r} was given: {nearest(what, ['pretrain', 'study'])}. Such as: essl_submit study grid.json")
     chosen = PRESETS[preset] if preset else PLAIN
     if what == "pretrain":
-        options = dict(parallel=parallel, recompute=recompute, compile=chosen.compile if compile == "preset" else compile == "on")
+        ahead = chosen.workers if workers < 0 else workers
+        options = dict(parallel=parallel, recompute=recompute, compile=chosen.compile if compile == "preset" else compile == "on", workers=ahead)
         jobs = [pretrain_job(given, config, size, settings or {}, chosen, max(nodes, 1) * max(gpus, 1), folder, options)]
     elif settings or nodes > 1 or gpus > 1:
         raise EsslError("A study's settings stand in its grid, and each of its jobs runs on one node with at most one GPU; leave out what else was given.")
