@@ -44,7 +44,7 @@ class PretrainConfig:
     target_seed: int = 0  # of the targets; the same for all encoders of a study
     masking: dict = later({})  # {"preset": "wav2vec2"} or fields of Masking; empty: spans of span_seconds that hide span_share
     reading: Reading = later("auto")  # stored: log-mel and targets computed first; streamed: sound read and analysed step by step
-    start: str = later("")  # folder of an encoder whose weights training begins with; "": random ones
+    start: str = later("")  # an encoder whose weights training begins with, another mixer's too: a folder, published weights, a name on the hub; "": random ones
 
     def __post_init__(self):
         check_types(self)

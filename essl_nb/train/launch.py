@@ -26,12 +26,13 @@ def merged(defaults: dict, overrides: dict) -> dict:
 
 
 def settings_of_encoder(
-    folder: str, # of an encoder
+    source: str, # what `from_published` opens
+    mixer: str, # that takes the place of its own; "": none
 ) -> dict: # fields of EncoderConfig, as plain values
-    "How the encoder in a folder is built. Raises EsslError where there is none."
-    from essl_nb.models.checkpoint import read_checkpoint
+    "How a trained encoder is built, with another mixer. Raises EsslError where there is none."
+    from essl_nb.models.published import from_published
 
-    return to_json(read_checkpoint(folder).config)
+    return to_json(from_published(source, mixer or None).encoder.config)
 
 
 def run_config(
@@ -44,7 +45,7 @@ def run_config(
     config_file = read_values(config, "configuration") if config else {}
     config_file.pop("$schema", None)
     start = settings.get("start") or config_file.get("start", "")
-    usual = settings_of_encoder(start) if start else {} if config else SIZES["small"]
+    usual = settings_of_encoder(start, mixer) if start else {} if config else SIZES["small"]
     encoder = dict(SIZES[size] if size else usual) | ({"mixer": mixer} if mixer else {})
     made = merged(merged(config_file, {"encoder": encoder}), settings)
     if "mixer" not in made["encoder"]:
