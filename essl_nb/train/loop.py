@@ -257,4 +257,6 @@ def progress_line(run: Run, row: dict, found: list) -> str:
     audio = f"{run.hours():.2f} h of audio, {run.epochs():.1f} epochs"
     waiting = f", {row['waiting']:.0%} waiting for data" if row.get("waiting", 0) > 0.05 else ""
     raised = f", {alarm_line(found)}" if found else ""
-    return f"loss {row['loss']:.2f}, masked accuracy {row.get('masked_accuracy', math.nan):.3f}, {audio}{waiting}{skipped}{raised}"
+    learnt = f", explained {row['explained']:.3f}" if "explained" in row else ""
+    learnt = f", masked accuracy {row['masked_accuracy']:.3f}" if "masked_accuracy" in row else learnt
+    return f"loss {row['loss']:.2f}{learnt}, {audio}{waiting}{skipped}{raised}"

@@ -220,7 +220,7 @@ def train_step(run: Run) -> dict: # numbers for the log
 @torch.no_grad()
 def health_report(run: Run) -> dict: # masked loss and accuracy, code usage, effective rank
     "Health on fixed batches of the valid split."
-    run.encoder.eval()
+    run.network.eval()
     frames, hidden, codes, sums = [], [], [], {}
     for i, batch in enumerate(run.feed.health):
         generator = torch.Generator().manual_seed(derive_seed("watch", i))
@@ -230,7 +230,7 @@ def health_report(run: Run) -> dict: # masked loss and accuracy, code usage, eff
         codes += [batch.targets["codes"][:, : span.shape[1]][mask.cpu()]] if "codes" in batch.targets else []
         for k, v in dict(loss=loss.total, **loss.parts).items():
             sums[k] = sums.get(k, 0.0) + float(v) / len(run.feed.health)
-    run.encoder.train()
+    run.network.train()
     frames, hidden = torch.cat(frames), torch.cat(hidden)
     logits = run.objective.logits(frames.to(run.device)) if codes else None
     logits = None if logits is None else logits.float().cpu()
