@@ -242,7 +242,7 @@ def run_local(jobs: list, logs: Path, *, tasks: int, gpus: int, hours: float, at
             time.sleep(0.2)
         raise
     errors = [job.exception() for job in ended]
-    return [(None if e else job.result(), str(e) if e else None) for job, e in zip(ended, errors)]
+    return [(None if e else job.results()[0], str(e) if e else None) for job, e in zip(ended, errors)]
 
 # %% ../../nbs/study/05b_cluster.ipynb #a53647d2
 def pretrain_job(

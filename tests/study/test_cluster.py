@@ -6,6 +6,7 @@ import signal
 import stat
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -145,18 +146,20 @@ def rows_of(folder) -> list: # of the log, without what is measured in time
     return [{k: v for k, v in row.items() if k != "waiting"} for row in read_lines(folder / "metrics.jsonl")[0]]
 
 
-def test_a_preempted_job_is_requeued_and_goes_on(config, tmp_path):
-    "SIGUSR2, as SLURM sends it, to a job of submitit's local executor."
-    logs, folder = tmp_path / "run" / "jobs", tmp_path / "run"
+@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_preempted_job_is_requeued_and_goes_on(config, tmp_path, tasks):
+    "SIGUSR2, as SLURM sends it, to the tasks of a job of submitit's local executor; two tasks are a sharded run."
+    logs, folder, config = tmp_path / "run" / "jobs", tmp_path / "run", replace(config, accumulate=tasks)
     notice = lambda: [p.send_signal(signal.SIGUSR2) for p in tasks_of(logs)]
     threading.Thread(target=once, args=(folder / "metrics.jsonl", notice)).start()
-    ended = run_local([PretrainJob(to_json(config), str(folder), dict(log_every=1))], logs, tasks=1, gpus=0, hours=1, at_once=1)
+    ended = run_local([PretrainJob(to_json(config), str(folder), dict(log_every=1, parallel="fsdp2"))], logs, tasks=tasks, gpus=0, hours=1, at_once=1)
     assert ended == [(str(folder), None)]
     log = "".join(p.read_text() for p in logs.glob("*_log.*"))
-    assert "Requeued job" in log and "stopped at step" in log and log.count("Loading pickle") == 2
+    assert "Requeued job" in log and "stopped at step" in log and log.count("Loading pickle") == 2 * tasks
     pretrain(config, tmp_path / "straight", progress=False, log_every=1)
-    a, b = (read_json(tmp_path / f / "result.json")["value"] for f in ("straight", "run"))
-    assert a == b and rows_of(tmp_path / "straight") == rows_of(folder)
+    a, b = (rows_of(tmp_path / f) for f in ("straight", "run"))
+    assert [r["step"] for r in a] == [r["step"] for r in b] and read_json(folder / "run.json")["made"]["processes"] == tasks
+    assert a == b if tasks == 1 else all(x["loss"] == pytest.approx(y["loss"], rel=1e-5) for x, y in zip(a, b))
 
 
 def small_grid(config) -> dict:
