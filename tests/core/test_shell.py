@@ -91,6 +91,7 @@ def test_an_unknown_option_is_bad_input(name):
 BAD = {
     "essl_pretrain": [NAME + "x"], "essl_probe": ["no/such/folder"], "essl_cost": [NAME + "x"], "essl_curves": ["--only", NAME + "x"],
     "essl_study": ["no-such-grid.json"], "essl_ligru_bench": ["--frames", "many"], "essl_recognise": ["--seeds", "many"], "essl_explore": ["--corpus", "no/such/folder"],
+    "essl_shards": ["no/such/folder", "out"],
 }
 
 
