@@ -11,7 +11,6 @@ import io
 import math
 import struct
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

@@ -8,7 +8,6 @@ __all__ = ['TEXTS', 'NUMBERS', 'Clip', 'Column', 'IndexWriter', 'mapped', 'colum
 
 # %% ../../nbs/data/05b_index.ipynb #7839ec3b
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -265,8 +264,10 @@ class ClipIndex:
 # %% ../../nbs/data/05b_index.ipynb #dbe76553
 @contextmanager
 def index_folder(folder: Path):
-    "A folder to write to; renamed to `folder` on success, removed on failure. Raises EsslError for a full disk."
+    "A folder to write to; renamed to `folder` on success, removed on failure. Raises EsslError for a full disk, and for a folder with other content."
     folder = Path(folder)
+    if folder.exists() and not (folder / "index.json").is_file() and (not folder.is_dir() or any(p.name != "key.json" for p in folder.iterdir())):
+        raise EsslError(f"{folder} holds something else than an index; name a folder that is empty or not there yet.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..core.config import content_hash
 from ..core.registry import EsslError

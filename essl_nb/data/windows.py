@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..core.registry import EsslError
 from .batches import named_generator
 
 # %% ../../nbs/data/07b_windows.ipynb #40e6c463

@@ -196,6 +196,19 @@ def test_an_empty_split_unknown_names_and_no_clips_are_errors(tmp_path):
         StreamBatches(index, seed=0, min_seconds=3, batch_seconds=8)
 
 
+def test_an_index_is_kept_where_it_is_asked_for_and_replaces_nothing_else(tmp_path):
+    folder = recordings(tmp_path / "r", 3)
+    index = open_index(folder, folder=tmp_path / "mine")
+    assert index.folder == tmp_path / "mine" and open_index(tmp_path / "mine").hash == index.hash
+    soundfile.write(folder / "more.flac", noise(9, 1), 16000)
+    assert len(open_index(folder, folder=tmp_path / "mine")) == 4
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "notes.txt").write_text("mine")
+    with pytest.raises(EsslError, match="something else than an index"):
+        open_index(folder, folder=tmp_path / "precious")
+    assert (tmp_path / "precious" / "notes.txt").read_text() == "mine"
+
+
 def test_the_columns_of_an_index_are_not_in_memory(tmp_path):
     count = 200_000
     clips = (Clip(f"clip-{i}", f"folder/{i // 100}/clip-{i}.flac", 5.0, "train", "", "", f"v{i // 50}") for i in range(count))

@@ -66,9 +66,9 @@ def one_direction(run):
 
 def foreign_labels(run):
     "Codes that belong to other frames."
-    codes = torch.cat([i.targets["codes"] for i in run.items])
+    codes = torch.cat([i.targets["codes"] for i in run.feed.items])
     codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
-    for item, part in zip(run.items, codes.split([len(i.targets["codes"]) for i in run.items])):
+    for item, part in zip(run.feed.items, codes.split([len(i.targets["codes"]) for i in run.feed.items])):
         item.targets["codes"] = part
 
 
@@ -82,7 +82,7 @@ def logged(config, folder, monkeypatch, plant=lambda run: None):
         return run
 
     def watched(run):
-        batch = run.batches.at_step(run.step)
+        batch = run.batch(run.step)
         return {"silent_share": silent_share(batch.mel, batch.lengths)} | step(run)
 
     monkeypatch.setattr(loop, "prepare", planted)
