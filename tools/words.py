@@ -2,7 +2,7 @@
 
     python tools/words.py results/small/encoders/NAME     # rows go to results/words/rows.jsonl; the same again resumes
 
-One core takes one to two minutes a run. The page probes.languages shows the rows.
+One core takes about a minute a run. The page probes.languages shows the rows.
 """
 import argparse
 import sys
@@ -17,9 +17,10 @@ def main():
     parser.add_argument("encoder", help="the folder of a pre-trained encoder")
     parser.add_argument("--rows", default="results/words/rows.jsonl")
     parser.add_argument("--folders", default="runs/words", help="where the runs go")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_seconds", type=float, default=30.0)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--freeze", type=float, default=0.0, help="share of the steps in which a pre-trained encoder is frozen")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     import torch
@@ -31,8 +32,11 @@ def main():
     torch.set_num_threads(1)
     languages = tuple(most_speech(load_corpus("bundled")))
     for seed in args.seeds:
-        config = FinetuneConfig(args.encoder, steps=args.steps, batch_seconds=args.batch_seconds, lr=args.lr, precision="bf16", seed=seed)
-        language_rows(args.rows, config, languages=languages[::-1], folders=args.folders, watch_every=100, save_every=100, progress=sys.stderr.isatty())
+        own = dict(steps=args.steps, batch_seconds=args.batch_seconds, lr=args.lr, precision="bf16", seed=seed)
+        for language in languages[::-1]:
+            for start, freeze in (("pretrained", dict(freeze=args.freeze)), ("scratch", {})):
+                config = FinetuneConfig(args.encoder, **own, **freeze)
+                language_rows(args.rows, config, languages=(language,), starts=(start,), folders=args.folders, watch_every=50, save_every=100, progress=sys.stderr.isatty())
 
 
 if __name__ == "__main__":

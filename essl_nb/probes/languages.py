@@ -81,13 +81,14 @@ def language_pairs(
     "Runs from pre-training beside runs from scratch. Raises EsslError where there is no pair."
     pairs = {}
     for row in read_lines(path)[0]:
-        rest = {k: v for k, v in row["what"].items() if k not in ("start", "folder")}
-        one = pairs.setdefault(content_hash(rest), dict(language=rest["language"], seed=rest["seed"], steps=rest["steps"], hours=None))
+        rest = {k: v for k, v in row["what"].items() if k not in ("start", "folder", "freeze")}
+        one = pairs.setdefault(content_hash(rest), dict(language=rest["language"], seed=rest["seed"], steps=rest["steps"], hours=None, freeze=None))
         if "diverged" not in row["value"]:
             one[row["what"]["start"]] = TextScore(**row["value"][split][metric])
             one[f"{row['what']['start']}_curve"] = row["value"]["curve"]
             one["hours"] = row["value"]["hours"]
+            one["freeze"] = row["what"]["freeze"] if row["what"]["start"] == "pretrained" else one["freeze"]
     whole = [p for p in pairs.values() if "pretrained" in p and "scratch" in p]
     if not whole:
         raise EsslError(f"{path} holds no language both from pre-training and from scratch; make them with tools/words.py.")
-    return [p | dict(difference=paired_interval(p["pretrained"], p["scratch"])) for p in sorted(whole, key=lambda p: (p["language"], p["seed"]))]
+    return [p | dict(difference=paired_interval(p["pretrained"], p["scratch"])) for p in sorted(whole, key=lambda p: (p["language"], p["steps"], p["seed"]))]
