@@ -159,7 +159,8 @@ def read_mono(
 
     resampler = None if f.samplerate == rate else soxr.ResampleStream(f.samplerate, rate, 1, dtype="float32")
     parts, count, powers = [], 0, np.zeros(2)
-    block = 30 * f.samplerate  # samples: 30 s
+    whole = f.format in ("MP3", "MPEG")  # soundfile seeks between reads, and a seek in an MP3 misses its place
+    block = f.frames + 1 if whole else 30 * f.samplerate  # samples: 30 s
     while True:
         x = f.read(block, dtype="int32" if check else "float32", always_2d=True)
         if check:
