@@ -64,7 +64,7 @@ def run_fact(config: PretrainConfig, weights: Path) -> tuple: # value, made
     result = read_json(weights / "result.json")
     rows, _ = read_lines(weights / "metrics.jsonl")
     rate = result["made"]["seconds"] / max(result["made"]["steps"], 1)  # of this execution: a resumed run made fewer steps in it
-    return {**result["value"], "last": rows[-1]}, {"seconds_per_step": rate}
+    return {**result["value"], "last": {k: v for k, v in rows[-1].items() if k != "waiting"}}, {"seconds_per_step": rate}
 
 
 def untrained_encoder(config: EncoderConfig, seed: int, corpus):
