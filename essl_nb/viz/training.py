@@ -142,10 +142,11 @@ def shown_figure():
     handles = []
 
     def show(figure):
+        shown = figure._repr_mimebundle_()  # a figure that displays itself has no display id, and would be added instead of replaced
         if handles:
-            handles[0].update(figure)
+            handles[0].update(shown, raw=True)
         else:
-            handles.append(display(figure, display_id=True))
+            handles.append(display(shown, raw=True, display_id=True))
 
     return show
 

@@ -2,6 +2,8 @@
 import sys
 import threading
 
+import plotly.graph_objects
+import plotly.io
 import pytest
 
 from essl_nb.core.files import append_line, write_json
@@ -96,17 +98,28 @@ def test_a_block_is_watched_and_its_error_goes_on(tmp_path):
 
 
 def test_a_notebook_shows_one_figure_and_replaces_it(monkeypatch):
+    """A figure goes to the notebook as data: plotly's own display would ignore the id, and each update would add a figure."""
     shown, updated = [], []
 
+    def title(bundle, raw):
+        assert raw
+        return bundle["application/vnd.plotly.v1+json"]["layout"]["title"]["text"]
+
     class Handle:
-        update = staticmethod(updated.append)
+        update = staticmethod(lambda bundle, raw=False: updated.append(title(bundle, raw)))
+
+    def display(bundle, raw=False, display_id=None):
+        assert display_id
+        shown.append(title(bundle, raw))
+        return Handle()
 
     import IPython.display
 
-    monkeypatch.setattr(IPython.display, "display", lambda figure, display_id: shown.append(figure) or Handle())
+    monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(plotly.io.renderers, "default", "plotly_mimetype")
     show = training.shown_figure()
-    for figure in "abc":
-        show(figure)
+    for name in "abc":
+        show(plotly.graph_objects.Figure(layout=dict(title=name)))
     assert shown == ["a"] and updated == ["b", "c"]
     monkeypatch.setitem(sys.modules, "IPython", None)
     monkeypatch.setitem(sys.modules, "IPython.display", None)
