@@ -17,7 +17,7 @@ MODULES = sorted(p.relative_to(ROOT) for p in (ROOT / "essl_nb").rglob("*.py") i
 DISTRIBUTION = {"yaml": "pyyaml", "torch.utils.tensorboard": "tensorboard"}
 BROUGHT = {"llvmlite": "numba", "starlette": "gradio", "fastapi": "gradio", "uvicorn": "gradio"}
 # what nobody imports by name: who needs it, and the words in our code that show that we use that
-INDIRECT = {"onnxscript": r"onnx\.export\(", "nvidia-nvvm": r"numba import cuda|numba\.cuda"}
+INDIRECT = {"onnxscript": r"onnx\.export\(", "nvidia-nvvm": r"numba import cuda|numba\.cuda", "ufal-flashlight-text": r"torchaudio\.models\.decoder"}
 PEERS = {"speechbrain", "transformers", "torchaudio", "s3prl", "lhotse", "datasets"}  # asked for by adapters to them, where they are installed already
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.extras import need
-from ..core.files import read_lines
 from ..core.registry import EsslError
 from .gpu_kernels import SMOOTH, Frames, KernelCase, LayerCase, mixed
 from .measure import interleaved, meter_of, spread
@@ -379,6 +378,8 @@ def load_gpu(
     import pandas as pd
 
     path = Path(folder) / "rows.jsonl"
+    from essl_nb.core.files import read_lines  # not needed where rows are made
+
     rows = read_lines(path)[0] if path.is_file() else []
     timed = {tuple(r.get(k) for k in POINT): r for r in rows if "time_s" in r}
     if not timed:

@@ -143,7 +143,7 @@ def prepare(config: PretrainConfig, folder: Path, corpus: Corpus | None, progres
         precision = precision_for(config, folder, ranks.device)
         run = build(precision)
         if run.feed.watched != "valid":
-            print("The corpus has no clip in its valid split: "
+            print("The corpus has no utterance in its valid split: "
                   "the numbers called valid_… are of clips that the run is trained on.")
         return [precision, check_record(run, folder)]
 

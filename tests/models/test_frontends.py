@@ -183,9 +183,9 @@ def test_bad_options_are_told():
 
 
 @pytest.mark.parametrize("entry", [e for e in frontends if not e.obj.stored], ids=lambda e: e.name)
-def test_pretraining_refuses_waveforms_at_once(entry):
-    with pytest.raises(EsslError, match="reads waveforms, and pre-training reads stored log-mel"):
-        PretrainConfig(EncoderConfig(MIXER, frontend=entry.name))
+def test_stored_log_mel_is_refused_for_waveforms_at_once(entry):
+    with pytest.raises(EsslError, match="reads waveforms, and reading=.stored. was given"):
+        PretrainConfig(EncoderConfig(MIXER, frontend=entry.name), reading="stored")
     encoder = build_encoder(EncoderConfig(MIXER, dim=16, depth=1, frontend=entry.name), seed=0)
     with pytest.raises(EsslError, match="reads the waveform"):
         encoder.from_features(torch.randn(1, 100, 80), torch.tensor([100]))

@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(folder_of_clips, tmp_path,
 
 
 def test_a_collapsed_run_is_stopped_and_says_why(folder_of_clips, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "collapsed", lambda health, step: "the frames span 1.0 dimension")
+    monkeypatch.setattr(loop, "collapsed", lambda health, step, **kw: "the frames span 1.0 dimension")
     folder = quiet(settings(NAMES[0], folder_of_clips), tmp_path / "run")
     result = json.loads((folder / "result.json").read_text())["value"]
     assert result["steps"] == 20 and "1.0 dimension" in result["stopped"] and "1.0 dimension" in capsys.readouterr().out
