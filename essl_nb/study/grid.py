@@ -315,7 +315,7 @@ def non_default(fn, options: dict) -> dict:
 def key_of(kind: str, what: dict) -> str: # 12 hex digits
     "The key of the fact that `what` describes."
     found = {k: what[k] for k in DETERMINED_BY[kind] if k in what}
-    if "pretrain" in found:
+    if isinstance(found.get("pretrain"), dict):
         found["pretrain"] = without_later(PretrainConfig, found["pretrain"])
     if kind == "cost" and what.get("card") in CARDS and "kw" in found:
         found["kw"] = non_default(CARDS[what["card"]], found["kw"])  # device="cpu" is what a card is measured on anyway
