@@ -11,14 +11,14 @@ _HOME = {
     "EncoderConfig": "models.config", "Encoder": "models.encoder", "build_encoder": "models.encoder", "load_encoder": "models.encoder",
     "from_torchaudio": "models.wav2vec2", "from_transformers": "models.wav2vec2", "from_published": "models.published", "export_onnx": "models.export",
     "LiGRU": "ligru.layer", "SLiGRU": "ligru.layer",
-    "load_corpus": "data.corpus", "open_index": "data.opening", "write_shards": "data.shards",
-    "list_objectives": "objectives.objective", "Masking": "objectives.masking", "alarms_of": "objectives.alarms",
+    "load_corpus": "data.corpus", "open_index": "data.opening",
+    "list_objectives": "objectives.objective",
     "PretrainConfig": "train.config", "pretrain": "train.loop",
-    "FinetuneConfig": "probes.words_config", "finetune_words": "probes.words", "load_recogniser": "probes.transcriber",
+    "FinetuneConfig": "probes.words_config", "finetune_words": "probes.words",
     "list_probes": "probes.probe", "run_probe": "probes.probe",
     "training_cost": "costs.cards", "deployment_cost": "costs.cards",
     "Study": "study.study", "load_results": "study.results", "pareto_front": "study.pareto",
-    "influence_map": "viz.mixing", "watched_run": "viz.training", "create_app": "app.explorer",
+    "influence_map": "viz.mixing", "create_app": "app.explorer",
 }
 __all__ = [*_HOME]
 
@@ -33,22 +33,17 @@ if TYPE_CHECKING:  # for editors and type checkers; a test keeps it in step with
     from .ligru.layer import LiGRU as LiGRU, SLiGRU as SLiGRU
     from .data.corpus import load_corpus as load_corpus
     from .data.opening import open_index as open_index
-    from .data.shards import write_shards as write_shards
     from .objectives.objective import list_objectives as list_objectives
-    from .objectives.masking import Masking as Masking
-    from .objectives.alarms import alarms_of as alarms_of
     from .train.config import PretrainConfig as PretrainConfig
     from .train.loop import pretrain as pretrain
     from .probes.words_config import FinetuneConfig as FinetuneConfig
     from .probes.words import finetune_words as finetune_words
-    from .probes.transcriber import load_recogniser as load_recogniser
     from .probes.probe import list_probes as list_probes, run_probe as run_probe
     from .costs.cards import training_cost as training_cost, deployment_cost as deployment_cost
     from .study.study import Study as Study
     from .study.results import load_results as load_results
     from .study.pareto import pareto_front as pareto_front
     from .viz.mixing import influence_map as influence_map
-    from .viz.training import watched_run as watched_run
     from .app.explorer import create_app as create_app
 
 
