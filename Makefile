@@ -25,7 +25,7 @@ test:
 	@sh tools/env.sh browser
 	@$(PY) tools/check.py
 	@echo "essl_nb: running the tests, $(JOBS) at a time"
-	@$(PY) -m pytest -n $(JOBS) $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 gpu:
 	@sh tools/env.sh dev
