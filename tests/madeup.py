@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from essl_nb.core.config import to_json
-from essl_nb.core.files import append_line, read_lines, write_json
+from essl_nb.core.files import append_line, load_tensors, read_json, read_lines, write_json
 from essl_nb.core.intervals import ratio
 from essl_nb.costs.curves import PASSES
 from essl_nb.mixers.base import list_mixers, mixers
@@ -62,3 +62,16 @@ if __name__ == "__main__":  # python tests/madeup.py FOLDER: a study to look at
 def steps_of(folder) -> list:
     "The lines of a run's log without what is measured with a clock: they are those of any other run of its configuration."
     return [{k: v for k, v in row.items() if k != "waiting"} for row in read_lines(folder / "metrics.jsonl")[0]]
+
+
+def whole(folder):
+    "Whether every file that stands there can be read, and nothing half written is left."
+    for path in folder.rglob("*"):
+        assert not path.name.endswith(".part"), path
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".safetensors":
+            load_tensors(path)
+        elif path.suffix == ".jsonl":
+            assert read_lines(path)[1] is None, path
+    return True

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from madeup import whole
 
 from essl_nb.core import files
 from essl_nb.core.command import essl_finetune
@@ -68,19 +69,6 @@ def same(a, b):
     "Whether two finished runs are equal, to the last bit and line."
     read = lambda f: [(f / n).read_bytes() for n in ("metrics.jsonl", "model/head.safetensors", "model/encoder/model.safetensors", "last.safetensors")]
     return read_json(a / "result.json")["value"] == read_json(b / "result.json")["value"] and read(a) == read(b)
-
-
-def whole(folder):
-    "Whether every file can be read, and nothing half written is left."
-    for path in folder.rglob("*"):
-        assert not path.name.endswith(".part"), path
-        if path.suffix == ".json":
-            read_json(path)
-        elif path.suffix == ".safetensors":
-            load_tensors(path)
-        elif path.suffix == ".jsonl":
-            assert read_lines(path)[1] is None, path
-    return True
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from madeup import steps_of
+from madeup import steps_of, whole
 
 from essl_nb.core import files
 from essl_nb.core.config import to_json
@@ -60,19 +60,6 @@ def same(a, b):
     "Whether two finished runs are equal, to the last bit and line."
     model = [(f / "encoder" / "model.safetensors").read_bytes() for f in (a, b)]
     return value(a) == value(b) and model[0] == model[1] and steps_of(a) == steps_of(b)
-
-
-def whole(folder):
-    "Whether every file that stands there can be read, and nothing half written is left."
-    for path in folder.rglob("*"):
-        assert not path.name.endswith(".part"), path
-        if path.suffix == ".json":
-            read_json(path)
-        elif path.suffix == ".safetensors":
-            load_tensors(path)
-        elif path.suffix == ".jsonl":
-            assert read_lines(path)[1] is None, path
-    return True
 
 
 class PowerCut(BaseException):
