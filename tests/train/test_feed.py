@@ -24,14 +24,6 @@ OFTEN = dict(progress=False, log_every=1, watch_every=6, save_every=2)
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory, root):
-    folder = tmp_path_factory.mktemp("clips")
-    for clip in sorted((root / "corpus" / "prompts").glob("*/*/*.opus"))[::100]:
-        shutil.copy(clip, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def shards(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     write_shards(open_index(clips), folder, seconds_per_shard=20)

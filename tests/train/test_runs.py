@@ -34,15 +34,6 @@ from essl_nb.train.optim import learning_rate
 OFTEN = dict(progress=False, log_every=1, watch_every=10, save_every=4)
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory, root):
-    "Some sentences of the corpus as anyone's folder, without a manifest."
-    folder = tmp_path_factory.mktemp("clips")
-    for clip in sorted((root / "corpus" / "prompts").glob("*/*/*.opus"))[::100]:
-        shutil.copy(clip, folder)
-    return folder
-
-
 def settings(clips, **kw):
     mixer = list_mixers(family="pooling")[0]
     encoder = EncoderConfig(mixer, dim=16, depth=1, mixer_kw=mixers.get(mixer).meta.get("tiny", {}))
@@ -94,6 +85,7 @@ from essl_nb.train.loop import PretrainConfig, pretrain
 config, folder, draw = from_json(PretrainConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), random.Random(int(sys.argv[4]))
 often = dict(progress=False, log_every=1, watch_every=10, save_every=4)
 pretrain(config, folder.with_name("straight"), **often)
+often["workers"] = int(sys.argv[5])
 signals = [signal.SIGKILL, signal.SIGTERM] * int(sys.argv[3])
 draw.shuffle(signals)
 log, came = folder / "metrics.jsonl", {}
@@ -133,10 +125,11 @@ print(json.dumps(came))
 """
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_and_stopped_at_random_moments_ends_as_one_that_was_not(times, clips, tmp_path):
-    config = settings(clips, steps=12 + 26 * times)
-    command = [sys.executable, "-c", LIVES, json.dumps(to_json(config)), str(tmp_path / "run"), str(times), "7"]
+@pytest.mark.parametrize("times, reading, workers", [
+    (3, "stored", 0), pytest.param(20, "stored", 0, marks=pytest.mark.slow), pytest.param(20, "streamed", 2, marks=pytest.mark.slow)])
+def test_a_run_killed_and_stopped_at_random_moments_ends_as_one_that_was_not(times, reading, workers, clips, tmp_path):
+    config = settings(clips, steps=12 + 26 * times, reading=reading)
+    command = [sys.executable, "-c", LIVES, json.dumps(to_json(config)), str(tmp_path / "run"), str(times), "7", str(workers)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     came = json.loads(done.stdout.splitlines()[-1])

@@ -85,14 +85,6 @@ def together(config, folder, world=2, *, file="", sick=-1, asked=-1):
     return [p.returncode for p in started], errors
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory, root):
-    folder = tmp_path_factory.mktemp("clips")
-    for clip in sorted((root / "corpus" / "prompts").glob("*/*/*.opus"))[::100]:
-        shutil.copy(clip, folder)
-    return folder
-
-
 def settings(clips, **kw):
     mixer = kw.pop("mixer", list_mixers(family="pooling")[0])
     encoder = EncoderConfig(mixer, dim=16, depth=1, mixer_kw=mixers.get(mixer).meta.get("tiny", {}), **kw.pop("encoder", {}))
