@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.config import derive_seed, expect
-from ..core.precision import float32_on_cpu
 from ..core.registry import EsslError
 from ..core.shapes import mask_of, zero_pads
 from .block import blocks
@@ -155,8 +154,7 @@ class Encoder(Hub, nn.Module):
     def embed(self, raw, lengths, span=None, generator=None): # (B,T,D), (B,) and (B,T) bool, both None where all are real
         "The frames that enter the first block, their lengths, and the mask; `raw` (B,T,F) and `lengths` count raw features."
         check_span(span, raw.shape[0], self.frontend.out_lengths(raw.shape[1]))
-        with float32_on_cpu(raw):
-            x, lengths = self.frontend(raw, lengths, span, generator)
+        x, lengths = self.frontend(raw, lengths, span, generator)
         B, T, D = x.shape
         mask = mask_of(lengths, T)
         if self.adds_position:

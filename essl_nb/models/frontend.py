@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.precision import float32_on_cpu
 from ..core.registry import EsslError, Registry
 from ..core.shapes import lengths_to_mask, mask_of, tracing, zero_pads
 from ..data.audio import LogMelSpec, log_mel, mel_filters
@@ -100,6 +101,11 @@ class Frontend(Constants):
 
     def set_statistics(self, mean: Tensor, std: Tensor):
         "Take the training set's mean and standard deviation of each mel bin; front ends over the waveform ignore them."
+
+    def __call__(self, raw: Tensor, *args, **kw):
+        "As of every module, in float32 on a CPU: see `float32_on_cpu`."
+        with float32_on_cpu(raw):
+            return super().__call__(raw, *args, **kw)
 
     def accept(self, raw: Tensor):
         "Raise EsslError for raw features of another kind."

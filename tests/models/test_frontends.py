@@ -61,6 +61,16 @@ def test_a_padded_batch_equals_each_clip_alone(front):
         torch.testing.assert_close(frames[b, : k[0]], alone[0], atol=2e-5, rtol=1e-4)
 
 
+def test_whoever_calls_a_front_end_on_a_cpu_gets_float32(front):
+    wav, lengths = clips()
+    raw, n = front.features(wav, lengths)
+    plain, _ = front(raw, n)
+    with torch.autocast("cpu", torch.bfloat16):
+        frames, _ = front(raw, n)
+        assert torch.is_autocast_enabled("cpu")
+    assert frames.dtype == torch.float32 and torch.equal(frames, plain)
+
+
 def test_nan_in_the_pads_reaches_neither_frames_nor_gradients(front):
     wav, lengths = clips()
     raw, n = front.features(wav, lengths)
