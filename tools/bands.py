@@ -2,9 +2,10 @@
 
     python tools/bands.py --folder runs/bands                      # five mixers, each of the objectives; resumes
     python tools/bands.py --folder runs/bands --objectives clusters --steps 800
+    python tools/bands.py --folder runs/bands --grid results/objectives/grid.json   # encoder size, options and learning rates of a study
     python tools/bands.py --folder runs/bands --only-check         # the alarms of runs that are there already
 
-Each run is the default configuration with a small encoder. The alarms are asked after every line of its log, as they
+Each run is the default configuration with a small encoder, or that of a study's grid. The alarms are asked after every line of its log, as they
 would have been while it trained. Bands of objectives without alarms go into results/health/bands.json, beside those of
 other objectives that the file has. Exit status: 0 where no healthy run raised an alarm, 1 otherwise.
 """
@@ -32,14 +33,23 @@ def usual_mixers(count: int) -> list:
     return list(best.values())[:count]
 
 
-def train(folder: Path, objective: str, mixer: str, steps: int):
-    "One healthy run; nothing where it is finished."
-    from essl_nb.models.config import named_config
+def config_of(objective: str, mixer: str, steps: int, grid: dict):
+    "What a healthy run of an objective is with this mixer; the first point of the grid with this objective says more, where there is a grid."
+    from essl_nb.models.config import EncoderConfig, named_config
     from essl_nb.train.config import PretrainConfig
+
+    size = {k: v for k, v in grid["encoders"][0]["config"].items() if k != "mixer"} if grid else {}
+    point = next((o for o in grid.get("objectives", ()) if o.get("objective", o["name"]) == objective), {})
+    settings = dict(steps=steps) | grid.get("pretrain", {}) | point.get("pretrain", {})
+    encoder = EncoderConfig(mixer, **size) if size else named_config("small", mixer)
+    return PretrainConfig(encoder, objective=objective, objective_kw=point.get("kw", {}), **settings)
+
+
+def train(folder: Path, config):
+    "One healthy run; nothing where it is finished."
     from essl_nb.train.loop import pretrain
 
-    config = PretrainConfig(named_config("small", mixer), objective=objective, steps=steps)
-    pretrain(config, folder, watch_every=100, keep_state=False)
+    pretrain(config, folder, watch_every=max(1, config.steps // 20), keep_state=False)
 
 
 def raised(folder: Path, bands: dict) -> list:
@@ -57,16 +67,17 @@ def main() -> int:
     p.add_argument("--folder", type=Path, required=True, help="of the runs, one folder each")
     p.add_argument("--objectives", nargs="+", default=list_objectives(), choices=list_objectives())
     p.add_argument("--mixers", nargs="+", default=usual_mixers(5), choices=list_mixers())
-    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--steps", type=int, default=2000, help="of a run, where no grid says it")
+    p.add_argument("--grid", type=Path, default=None, help="a study's grid.json")
     p.add_argument("--only-check", action="store_true", help="train nothing; runs that are there")
     p.add_argument("--out", type=Path, default=None, help="bands.json; by default that of results/health")
     a = p.parse_args()
-    bad = 0
+    bad, grid = 0, read_json(a.grid) if a.grid else {}
     for objective in a.objectives:
         folders = [a.folder / f"{objective}-{m}" for m in a.mixers]
         for folder, mixer in zip(folders, a.mixers):
             if not a.only_check:
-                train(folder, objective, mixer, a.steps)
+                train(folder, config_of(objective, mixer, a.steps, grid))
         if a.only_check:
             folders = sorted(p.parent for p in a.folder.glob(f"{objective}-*/metrics.jsonl"))
         if not folders:

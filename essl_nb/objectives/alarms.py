@@ -6,7 +6,7 @@
 __all__ = ['ADVICE', 'LIMITS', 'CHECKS', 'Alarm', 'Limits', 'RunLog', 'trailing_mean', 'since', 'alarm', 'silent_data',
            'mask_too_small', 'rate_too_high', 'worse_than_uniform', 'recurrent_weights', 'code_collapse',
            'one_prediction', 'dimensional_collapse', 'at_chance', 'outside_band', 'alarms', 'alarm_line', 'Band',
-           'bands_of', 'bands_file', 'save_bands', 'load_bands', 'alarms_of']
+           'loss_settings', 'bands_of', 'bands_file', 'save_bands', 'load_bands', 'band_for', 'alarms_of']
 
 # %% ../../nbs/objectives/11_alarms.ipynb #9dd0653d
 import math
@@ -287,7 +287,7 @@ class Band:
     low: tuple  # (n,) least `valid_loss` that is usual
     high: tuple  # (n,) largest
     runs: int = 1  # how many made it
-    about: dict = field(default_factory=dict)  # plain values: what was run
+    about: dict = field(default_factory=dict)  # plain values: what was run, and the settings that a loss depends on
 
     def at(self,
         hours, # (k,) of audio
@@ -298,6 +298,14 @@ class Band:
         return tuple(np.interp(where, known, side, left=math.nan, right=math.nan) for side in (self.low, self.high))
 
 
+def loss_settings(
+    config: dict, # plain values of a PretrainConfig
+) -> dict: # plain values
+    "What decides which losses can be compared, besides the objective: its options, the masking, the weights that training begins with."
+    spans = {k: config[k] for k in ("span_seconds", "span_share") if k in config and not config.get("masking")}
+    return dict(objective_kw=config.get("objective_kw") or {}, masking=config.get("masking") or spans, start=config.get("start") or "")
+
+
 def bands_of(
     folders, # of finished healthy runs, of any objectives
     *,
@@ -305,14 +313,17 @@ def bands_of(
     quantiles: tuple = (0.05, 0.95), # over the runs of an objective
     limits: Limits = LIMITS,
 ) -> dict: # objective → Band
-    "Reference bands, from the hours that all runs of an objective have. Raises EsslError for a folder without a log, and for runs that have no hour in common."
-    curves = {}
+    "Reference bands, from the hours that all runs of an objective have. Raises EsslError for a folder without a log, and for runs with different settings or without an hour in common."
+    curves, settings = {}, {}
     for folder in map(Path, folders):
         rows = [r for r in read_lines(folder / "metrics.jsonl")[0] if r.get("valid_loss") is not None and r.get("hours")]
         if len(rows) < limits.few:
             raise EsslError(f"{folder} has a log of {len(rows)} health reports; a band needs {limits.few} or more. Give folders of finished runs.")
         hours, loss = (np.array([r[k] for r in rows]) for k in ("hours", "valid_loss"))
         config = read_json(folder / "config.json")
+        own, first = loss_settings(config), settings.setdefault(config["objective"], loss_settings(config))
+        if own != first:
+            raise EsslError(f"{folder} was run with {own} and others of {config['objective']!r} with {first}; their losses cannot be compared. Give runs with the same settings.")
         curves.setdefault(config["objective"], []).append((hours, loss, f"{folder.name}, {config.get('steps')} steps"))
     bands = {}
     for objective, runs in curves.items():
@@ -323,7 +334,7 @@ def bands_of(
         values = np.array([np.interp(np.log(grid), np.log(h), v) for h, v, _ in runs])
         low, high = np.quantile(values, quantiles, axis=0)
         rounded = [tuple(float(f"{v:.5g}") for v in side) for side in (grid, low, high)]
-        bands[objective] = Band(objective, *rounded, runs=len(runs), about=dict(runs=sorted(name for *_, name in runs)))
+        bands[objective] = Band(objective, *rounded, runs=len(runs), about=dict(runs=sorted(name for *_, name in runs), settings=settings[objective]))
     return bands
 
 # %% ../../nbs/objectives/11_alarms.ipynb #3beebe99
@@ -359,6 +370,14 @@ def load_bands(
         raise EsslError(f"{path} holds no reference bands ({e}); write it with save_bands(bands_of(folders)).") from e
 
 
+def band_for(
+    config: dict, # plain values of a PretrainConfig
+) -> Band | None:
+    "The reference band of a run on the bundled corpus; None where no band was made with the same settings."
+    band = load_bands().get(config.get("objective", "")) if config.get("corpus") == "bundled" else None
+    return band if band is not None and band.about.get("settings") == loss_settings(config) else None
+
+
 def alarms_of(
     folder, # of a run, finished or not
     *,
@@ -369,6 +388,4 @@ def alarms_of(
     if not (folder / "config.json").is_file():
         raise EsslError(f"{folder} holds no pre-training run; give the folder that pretrain was given.")
     config = read_json(folder / "config.json")
-    objective, corpus = config.get("objective", ""), config.get("corpus")
-    band = load_bands().get(objective) if corpus == "bundled" else None
-    return alarms(read_lines(folder / "metrics.jsonl")[0], objective=objective, band=band, limits=limits)
+    return alarms(read_lines(folder / "metrics.jsonl")[0], objective=config.get("objective", ""), band=band_for(config), limits=limits)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..core.config import expect
+from ..core.config import expect, to_json
 from ..core.files import append_line, explain_write_error, read_lines
 from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from ..core.stop import noticing_stops
 from ..data.corpus import Corpus
 from ..data.index import ClipIndex
-from ..objectives.alarms import alarm_line, alarms, load_bands
+from ..objectives.alarms import alarm_line, alarms, band_for
 from ..objectives.health import collapsed
 from .config import PretrainConfig
 from .folder import (check_folder, check_record, faults_so_far, finish, finished_steps, forget_after, precision_for, restore_state,
@@ -219,7 +219,7 @@ class Watch:
 
     def __init__(self, run: Run, folder: Path):
         c = run.config
-        self.how = dict(objective=c.objective, chance=run.objective.chance, band=load_bands().get(c.objective) if c.corpus == "bundled" else None)
+        self.how = dict(objective=c.objective, chance=run.objective.chance, band=band_for(to_json(c)))
         self.rows = read_lines(folder / "metrics.jsonl")[0] if (folder / "metrics.jsonl").exists() else []
         self.told = {name for row in self.rows for name in row.get("alarms", ())}
 

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 
 from ..core.files import read_json, read_lines
 from ..core.registry import EsslError
-from ..objectives.alarms import LIMITS, RunLog, alarm_line, alarms_of, load_bands
+from ..objectives.alarms import LIMITS, RunLog, alarm_line, alarms_of, band_for
 from ..objectives.health import RANK_FLOORS
 from .style import GREY, folded, plain, plain_text
 
@@ -44,7 +44,7 @@ class RunView:
         self.alarms = alarms_of(self.folder)
         config = read_json(self.folder / "config.json")
         self.objective, self.steps = config.get("objective", ""), config.get("steps")
-        self.band = load_bands().get(self.objective) if config.get("corpus") == "bundled" else None
+        self.band = band_for(config)
         self.log = RunLog(read_lines(self.folder / "metrics.jsonl")[0], self.objective)
         self.hours = {r["step"]: r.get("hours") for r in self.log.rows}
         self.by_hours = bool(self.hours) and None not in self.hours.values()

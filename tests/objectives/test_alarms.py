@@ -156,9 +156,9 @@ def test_collapses_that_other_objectives_log():
     assert alarms(rows, objective="wav2vec2") == []  # the log alone does not say what chance is
 
 
-def write_run(folder, height=9.0, decay=500, objective="clusters", every=100, steps=2000):
+def write_run(folder, height=9.0, decay=500, objective="clusters", every=100, steps=2000, **settings):
     folder.mkdir()
-    write_json(folder / "config.json", dict(objective=objective, corpus="bundled"))
+    write_json(folder / "config.json", dict(objective=objective, corpus="bundled", **settings))
     for s in range(every, steps + 1, every):
         loss = 4 + height * math.exp(-s / decay)
         append_line(folder / "metrics.jsonl", dict(step=s, loss=loss, valid_loss=loss, hours=s * 16 / 3600))
@@ -180,6 +180,17 @@ def test_bands_are_made_kept_and_asked(tmp_path, monkeypatch):
     found = alarms_of(write_run(tmp_path / "stuck", decay=2000))
     assert [a.name for a in found] == ["loss outside the band"]
     assert alarm_line(found) == f"ALARM loss outside the band since step {found[0].step}" and alarm_line([]) == ""
+
+
+def test_a_band_counts_for_runs_with_its_own_settings_only(tmp_path, monkeypatch):
+    kw, slow = dict(objective_kw={"clusters": 50}, span_seconds=0.2, span_share=0.4), dict(decay=2000)
+    save_bands(bands_of([write_run(tmp_path / f"run{n}", **kw) for n in range(3)]), tmp_path / "health" / "bands.json")
+    monkeypatch.setattr(page, "results_dir", lambda: tmp_path)
+    assert alarms_of(write_run(tmp_path / "stuck", **slow, **kw))
+    for name, other in dict(codes=dict(objective_kw={"clusters": 60}), spans=dict(span_share=0.5), masking=dict(masking={"preset": "hubert"}), start=dict(start="runs/a")).items():
+        assert alarms_of(write_run(tmp_path / name, **slow, **kw | other)) == [], name
+    with pytest.raises(EsslError, match="cannot be compared"):
+        bands_of([tmp_path / "stuck", tmp_path / "codes"])
 
 
 def test_what_is_no_run_and_no_band_is_refused(tmp_path, monkeypatch):

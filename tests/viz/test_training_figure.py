@@ -6,9 +6,10 @@ import plotly.graph_objects
 import plotly.io
 import pytest
 
-from essl_nb.core.files import append_line, write_json
+from essl_nb.core.files import append_line, read_json, write_json
 from essl_nb.core.registry import EsslError
-from essl_nb.objectives.alarms import Band
+from essl_nb.objectives import alarms as page
+from essl_nb.objectives.alarms import Band, loss_settings
 from essl_nb.viz import training
 from essl_nb.viz.training import PANELS, run_figure, watch_run, watched_run
 
@@ -45,8 +46,9 @@ def test_rows_without_hours_are_drawn_over_steps(tmp_path):
 
 
 def test_the_band_is_drawn_for_the_bundled_corpus_only(tmp_path, monkeypatch):
-    band = Band("clusters", (0.05, 1.0), (7.0, 5.0), (10.0, 9.5), runs=5)
-    monkeypatch.setattr(training, "load_bands", lambda: {"clusters": band})
+    settings = loss_settings(read_json(begin(tmp_path / "other") / "config.json"))
+    band = Band("clusters", (0.05, 1.0), (7.0, 5.0), (10.0, 9.5), runs=5, about=dict(settings=settings))
+    monkeypatch.setattr(page, "load_bands", lambda: {"clusters": band})
     for name, corpus in (("a", "bundled"), ("b", "mine")):
         append_line(begin(tmp_path / name, corpus) / "metrics.jsonl", row(20))
     assert ["5 healthy runs" in {line.name for line in run_figure(tmp_path / n).data} for n in ("a", "b")] == [True, False]
