@@ -2,7 +2,7 @@
 
     python tools/words.py results/small/encoders/NAME     # rows go to results/words/rows.jsonl; the same again resumes
 
-One core takes about a minute a run. The page probes.languages shows the rows.
+One core takes two to four minutes a run. The page probes.languages shows the rows.
 """
 import argparse
 import sys
@@ -17,9 +17,9 @@ def main():
     parser.add_argument("encoder", help="the folder of a pre-trained encoder")
     parser.add_argument("--rows", default="results/words/rows.jsonl")
     parser.add_argument("--folders", default="runs/words", help="where the runs go")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch_seconds", type=float, default=30.0)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--freeze", type=float, default=0.0, help="share of the steps in which a pre-trained encoder is frozen")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
