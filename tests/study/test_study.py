@@ -90,7 +90,7 @@ def wait_until(there, seconds=900):
 def two_studies(clips, tmp_path_factory):
     "The same study twice: left alone, and killed in the middle of its second pre-training with a torn line on top."
     here = tmp_path_factory.mktemp("studies")
-    values = tiny_grid(clips, pretrain={"steps": 270, "batch_seconds": 2}, probes=[{"name": "phones", "kw": {"steps": 20}, "untrained": False, "encoders": [SECOND]}])
+    values = tiny_grid(clips, pretrain={"steps": 320, "batch_seconds": 8}, probes=[{"name": "phones", "kw": {"steps": 20}, "untrained": False, "encoders": [SECOND]}])
     (here / "grid.json").write_text(json.dumps(values))
     calm, cut = here / "calm", here / "cut"
     assert start(here / "grid.json", calm).wait() == 0, said(calm)
@@ -131,7 +131,7 @@ def test_rows_say_how_they_were_made(two_studies):
         assert {"when", "seconds", "machine", "versions", "git", "data_hash", "peak_rss", "jobs"} <= set(row["made"])
         assert not {"seconds", "when"} & set(row["value"])
     run = read_lines(two_studies[0] / "rows.jsonl")[0][0]["value"]
-    assert run["steps"] == 270 and 0.3 < run["masked_share"] < 0.5 and len(run["weights"]) >= 12
+    assert run["steps"] == 320 and 0.3 < run["masked_share"] < 0.5 and len(run["weights"]) >= 12
 
 
 def test_a_finished_study_says_so_at_once(two_studies, capsys):

@@ -2,7 +2,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,15 +24,6 @@ from essl_nb.train.loop import pretrain
 from essl_nb.train.feed import BATCHING
 
 NAMES = list_mixers()
-
-
-@pytest.fixture(scope="module")
-def folder_of_clips(tmp_path_factory, root):
-    "Forty clips of the corpus as anyone's folder, without a manifest."
-    folder = tmp_path_factory.mktemp("clips")
-    for clip in sorted((root / "corpus" / "prompts").glob("*/*/*.opus"))[::60]:
-        shutil.copy(clip, folder)
-    return folder
 
 
 def settings(mixer, corpus, **kw):
