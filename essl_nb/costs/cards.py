@@ -210,8 +210,8 @@ def state_bytes(config: EncoderConfig, seconds: float) -> int | None: # None whe
     "Size of the streaming state of all mixers and of the blocks' own convolutions, after `seconds` of audio."
     encoder = build_encoder(config, seed=0)
     frames = int(round(seconds / encoder.frame_seconds))
-    sizes = [block.mixer.state_bytes(frames) for block in encoder.blocks]
-    return None if None in sizes else sum(sizes) + 4 * sum(block.own_state_size for block in encoder.blocks)
+    sizes = [block.state_bytes(frames) for block in encoder.blocks]
+    return None if None in sizes else sum(sizes)
 
 # %% ../../nbs/costs/03_cards.ipynb #289d896e
 def within_reach(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'FOREIGN', 'MIN_SECONDS', 'MAX_SECONDS', 'SILENT_PEAK', 'LOUDEST', 'RATES', 'plain_name', 'sound_files',
            'Unreadable', 'layout', 'open_stream', 'audio_seconds', 'SampleSum', 'read_mono', 'load_stream',
-           'load_audio', 'check_audio', 'LogMelSpec', 'filter_array', 'mel_filters', 'check_waves', 'log_mel',
-           'log_mel_long']
+           'load_audio', 'check_audio', 'LogMelSpec', 'filter_array', 'mel_filters', 'log_mel_within', 'check_waves',
+           'log_mel', 'log_mel_long']
 
 # %% ../../nbs/data/02_audio.ipynb #66badadc
 import hashlib
@@ -274,6 +274,20 @@ def mel_filters(
     "The filters as a tensor. Only the array is cached: a cached tensor would keep the mode of its first caller (inference, export)."
     return torch.tensor(filter_array(spec), dtype=torch.float32, device=device)
 
+# %% ../../nbs/data/02_audio.ipynb #054f0a95
+def log_mel_within(
+    x: Tensor, # (B,n) float32 samples, from n_fft/2 before the first frame's centre to n_fft/2 behind the last one's
+    spec: LogMelSpec, # settings
+    filters: Tensor, # (n_fft/2+1, n_mels)
+) -> Tensor: # (B,(n-n_fft)//hop+1,n_mels) float32
+    "Log-mel frames of samples that bring their context along, without padding."
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        window = torch.hann_window(spec.win, dtype=torch.float32, device=x.device)
+        X = torch.stft(x, spec.n_fft, spec.hop, spec.win, window, center=False, return_complex=True)
+        power = X.real.square() + X.imag.square()  # (B,F,frames)
+        return (power.transpose(1, 2) @ filters.float()).clamp(min=spec.floor).log()
+
 # %% ../../nbs/data/02_audio.ipynb #e3c6bdf7
 def check_waves(
     wav, # what was given as (B,N)
@@ -308,14 +322,8 @@ def log_mel(
     filters = mel_filters(spec, wav.device) if filters is None else filters
     if B == 0:
         return torch.zeros(0, N // spec.hop, spec.n_mels, dtype=torch.float32, device=wav.device), samples // spec.hop
-    half, kind = spec.n_fft // 2, wav.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        x = zero_pads(wav.float(), lengths_to_mask(samples, N))
-        window = torch.hann_window(spec.win, dtype=torch.float32, device=wav.device)
-        X = torch.stft(F.pad(x, (half, half)), spec.n_fft, spec.hop, spec.win, window, center=False, return_complex=True)
-        power = X.real.square() + X.imag.square()  # (B,F,1+N//hop)
-        mel = power.transpose(1, 2)[:, : N // spec.hop] @ filters.float()  # (B,T,n_mels)
-        mel = mel.clamp(min=spec.floor).log()
+    x = F.pad(zero_pads(wav.float(), lengths_to_mask(samples, N)), (spec.n_fft // 2,) * 2)
+    mel = log_mel_within(x, spec, filters)[:, : N // spec.hop]  # (B,T,n_mels)
     frames = samples // spec.hop
     return zero_pads(mel, lengths_to_mask(frames, N // spec.hop)), frames
 

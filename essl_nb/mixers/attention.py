@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Map, Mixer, mixers
+from ..ops.chunks import seen_keys
+from ..ops.temporal import attend_to_chunk_ends
 
 # %% ../../nbs/mixers/04_attention.ipynb #fcef0a1e
 def rotate(
     x: Tensor, # (B,H,T,K), K even
-    start: int | Tensor = 0, # position of its first frame
+    start: int | Tensor = 0, # position of its first frame, one number or (B,)
     base: float = 1e4, # the slowest pair rotates by about 1/base radians a frame
 ) -> Tensor: # (B,H,T,K)
     "Rotate each pair of features (i, i+K/2) by position × base^(-2i/K) (2104.09864, eq. 34)."
     T, K = x.shape[-2:]
     exact = torch.promote_types(x.dtype, torch.float32)
     theta = base ** (-torch.arange(0, K, 2, device=x.device, dtype=exact) / K)  # (K/2,)
-    angle = (torch.arange(T, device=x.device) + start)[:, None] * theta  # (T,K/2)
+    first = start[:, None, None] if isinstance(start, Tensor) and start.ndim else start
+    angle = (torch.arange(T, device=x.device) + first)[..., None] * theta  # (T,K/2), or (B,1,T,K/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)  # (B,H,T,K/2) each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -33,6 +36,7 @@ def rotate(
 @mixers.register("attention", baseline=True, family="attention", complexity="T^2", paper="1706.03762", tiny=dict(num_heads=2), grid=dict(num_heads=[2, 4, 8]))
 class Attention(Mixer):
     "Fused multi-head softmax attention with rotary positions."
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -68,6 +72,8 @@ class Attention(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         q, k, v = self.heads(zero_pads(x, mask))
+        if self.chunk_frames is not None:
+            return zero_pads(self.join(attend_to_chunk_ends(q, k, v, self.chunk_frames, mask)), mask)
         seen = None
         if mask is not None and not self.causal:
             seen = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # (B,1,1,T)
@@ -77,14 +83,14 @@ class Attention(Mixer):
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "No keys, no values, position 0."
         empty = torch.zeros(batch, self.num_heads, 0, self.dim // self.num_heads, **self.state_options(device, dtype))
-        return {"k": empty, "v": empty, "position": torch.zeros((), dtype=torch.int64, device=empty.device)}
+        return {"k": empty, "v": empty, "position": torch.zeros(batch, dtype=torch.int64, device=empty.device)}
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
-        "The next frames of a stream, which attend to all frames up to themselves."
+        "The next frames of a stream, which attend to all frames up to themselves, or up to the last one where they are a chunk."
         C, past = x.shape[1], state["k"].shape[2]
         q, k, v = self.heads(x, state["position"])
         k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
-        seen = torch.ones(C, past + C, dtype=torch.bool, device=x.device).tril(past) if C > 1 else None
+        seen = torch.ones(C, past + C, dtype=torch.bool, device=x.device).tril(past) if C > 1 and self.causal else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.join(y), {"k": k, "v": v, "position": state["position"] + C}
 
@@ -94,6 +100,8 @@ class Attention(Mixer):
         scores = q @ k.mT / k.shape[-1] ** 0.5  # (B,H,T,T)
         if self.causal:
             scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        elif self.chunk_frames is not None:
+            scores = scores.masked_fill(~seen_keys(0, x.shape[1], self.chunk_frames, device=x.device), -torch.inf)
         if mask is not None:
             scores = scores.masked_fill(~(mask | ~mask.any(1, keepdim=True))[:, None, None], -torch.inf)
         weights = scores.softmax(-1)

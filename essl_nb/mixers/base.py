@@ -110,9 +110,12 @@ class Mixer(nn.Module):
     needs_position = False  # True: knows no order, so the encoder adds sinusoids
     can_be_causal = True
     streams = True  # a causal one has `init_state` and `step`
+    can_be_chunked = False  # True: `chunk_frames` may bound the future that a bidirectional one sees
+    chunk_frames = None  # set by `set_chunk`: frames of a chunk, whose end no frame sees beyond
     passes_state = False  # True: forward takes the `layer_state` of the layer before, and with return_state=True returns (frames, layer_state)
     max_frames = None  # the longest utterance that it can take; None: any
     why_not_causal = "it reads the whole utterance at once"
+    why_not_chunked = ""  # where it differs from why_not_causal
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -156,6 +159,19 @@ class Mixer(nn.Module):
     def empty_layer_state(self, batch: int, device=None) -> dict | None: # named tensors (B,…); None where none is needed
         "A layer_state of the right shapes for a mixer after the first, for counting."
 
+    def set_chunk(self, frames: int | None): # None: to the end of the utterance
+        "Let each frame see the past and its own chunk of so many frames. Weights stay as they are. Raises EsslError where that cannot be."
+        if frames is None or (frames == 1 and self.causal):
+            self.chunk_frames = None
+            return
+        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+            raise EsslError(f"chunk={frames!r} was given; a chunk has a whole number of frames, 1 or more; None is the whole utterance.")
+        if self.causal:
+            raise EsslError(f"This {type(self).__name__} was built with causal=True and never looks ahead; a chunk needs causal=False.")
+        if not self.can_be_chunked:
+            raise EsslError(f"{type(self).__name__} has no form with a bounded look-ahead: {self.why_not_chunked or self.why_not_causal}.")
+        self.chunk_frames = frames
+
     def init_state(self,
         batch: int, # streams side by side
         *,
@@ -166,8 +182,8 @@ class Mixer(nn.Module):
         raise EsslError(f"{type(self).__name__} has no streaming form; use forward on whole utterances.")
 
     def step(self,
-        x: Tensor, # (B,C,D) the next C ≥ 1 frames
-        state: dict, # from `init_state` or the step before
+        x: Tensor, # (B,C,D) the next C ≥ 1 frames; where a chunk is set, those of one chunk, which only the end of a stream may cut short
+        state: dict, # from `init_state` or the step before; each of its tensors begins with B
     ) -> tuple: # (B,C,D) and the new state
         "Mix the next frames of a stream."
         raise EsslError(f"{type(self).__name__} has no streaming form; use forward on whole utterances.")
@@ -177,9 +193,10 @@ class Mixer(nn.Module):
         return {}
 
     def state_options(self, device=None, dtype=None) -> dict: # for tensors of the state
-        "Device and type of a stream's state. Raises EsslError where this mixer looks ahead."
-        if not self.causal:
-            raise EsslError(f"This {type(self).__name__} looks ahead and cannot stream; build it with causal=True.")
+        "Device and type of a stream's state. Raises EsslError where this mixer looks ahead without bound."
+        if not self.causal and self.chunk_frames is None:
+            way = "bound that by set_chunk, or build it with causal=True" if self.can_be_chunked else "build it with causal=True"
+            raise EsslError(f"This {type(self).__name__} looks ahead to the end of the utterance and cannot stream; {way}.")
         p = next(self.parameters(), torch.empty(0))
         return {"device": p.device if device is None else device, "dtype": p.dtype if dtype is None else dtype}
 
@@ -208,8 +225,8 @@ class Mixer(nn.Module):
 
     def state_bytes(self, T: int) -> int | None: # bytes of one float32 stream; None where the mixer does not stream
         "Size of a stream's state after T frames."
-        if not (self.causal and self.streams):
+        if not (self.streams and (self.causal or self.chunk_frames)):
             return None
         twin = copy.deepcopy(self).to("meta", torch.float32)
-        _, state = twin.step(torch.empty(1, T, self.dim, device="meta"), twin.init_state(1, device="meta"))
+        _, state = twin.step(torch.empty(1, T, self.dim, device="meta"), twin.init_state(1, device="meta"))  # shapes do not depend on chunks
         return sum(s.numel() * s.element_size() for s in state.values())

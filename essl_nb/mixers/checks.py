@@ -6,9 +6,9 @@
 __all__ = ['DIM', 'LENGTHS', 'MIXER_CHECKS', 'COMPLEXITIES', 'small_mixer', 'small_batch', 'forms', 'form_name', 'same',
            'frames_of', 'gradients', 'BrokenContract', 'blame', 'check', 'check_declaration', 'check_shape',
            'check_padding', 'check_padding_gradient', 'check_batch', 'check_empty_row', 'check_layer_state',
-           'check_causality', 'check_streaming', 'check_gradient', 'check_state', 'check_meta', 'misfit', 'check_macs',
-           'LargestTensor', 'check_memory', 'check_autocast', 'check_half', 'check_every_weight', 'check_refusal',
-           'check_mixer']
+           'check_causality', 'check_streaming', 'check_chunks', 'check_gradient', 'check_state', 'check_meta',
+           'misfit', 'check_macs', 'LargestTensor', 'check_memory', 'check_autocast', 'check_half',
+           'check_every_weight', 'check_refusal', 'check_mixer']
 
 # %% ../../nbs/mixers/02_checks.ipynb #b3f242d4
 import inspect
@@ -280,6 +280,38 @@ def check_streaming(entry, causal, training):
             out.append(y)
         same(torch.cat(out, 1), whole, f"chunks of {C} and forward")
         assert all(torch.equal(start[k], before[k]) for k in before), "step wrote into the state that it was given"
+
+# %% ../../nbs/mixers/02_checks.ipynb #83a7ddfb
+@check("chunks", each_form=False)
+def check_chunks(entry):
+    "With a bounded look-ahead: no frame sees beyond its chunk, `step` by chunks equals `forward`, the padding law holds, one long chunk is the whole utterance. Or it refuses."
+    mixer = small_mixer(entry)
+    if not mixer.can_be_chunked:
+        try:
+            mixer.set_chunk(4)
+        except EsslError as refused:
+            assert (mixer.why_not_chunked or mixer.why_not_causal) in str(refused), f"it refuses a chunk without the reason: {refused}"
+            return
+        raise AssertionError("declared to have no bounded look-ahead, but a chunk is accepted")
+    x, mask = small_batch((21, 0, 10))
+    whole = frames_of(mixer(x, mask))
+    mixer.set_chunk(64)
+    same(frames_of(mixer(x, mask)), whole, "one long chunk and the whole utterance")
+    for C in (1, 4):
+        mixer.set_chunk(C)
+        y = frames_of(mixer(x, mask))
+        same(frames_of(mixer(small_batch((21, 0, 10), pads=torch.nan)[0], mask)), y, f"padding of NaN and of 0, chunks of {C}")
+        later = torch.cat([x[:, : 2 * C], 10 + 2 * x[:, 2 * C :]], 1)
+        same(frames_of(mixer(later))[:, : 2 * C], frames_of(mixer(x))[:, : 2 * C], f"outputs of two chunks of {C} with two futures")
+        for b, n in ((0, 21), (2, 10)):
+            one, state, out = x[b : b + 1, :n], mixer.init_state(1), []
+            same(frames_of(mixer(one)), y[b : b + 1, :n], f"utterance {b} alone and in the batch, chunks of {C}")
+            for chunk in one.split(C, 1):
+                made, state = mixer.step(chunk, state)
+                out.append(made)
+            same(torch.cat(out, 1), y[b : b + 1, :n], f"chunk after chunk of {C} and forward")
+        found = gradients(mixer, x, mask, torch.ones_like(x))
+        assert all(g.isfinite().all() for g in found.values()), f"a gradient is not finite with chunks of {C}"
 
 # %% ../../nbs/mixers/02_checks.ipynb #301e8cae
 @check("gradient")

@@ -19,6 +19,7 @@ from ..ops.tiles import in_tiles
 @mixers.register("convnext", family="convolution", complexity="T", paper="2201.03545", tiny=dict(kernel=5), grid=dict(kernel=[7, 15, 31, 63]))
 class ConvNeXt(Mixer):
     "Linear, depthwise convolution over time, GELU, Linear."
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -30,6 +31,7 @@ class ConvNeXt(Mixer):
         if kernel < 1 or (kernel % 2 == 0 and not causal):
             raise EsslError(f"kernel={kernel} has no middle frame: take an odd number of frames, or causal=True.")
         self.kernel, self.past = kernel, kernel - 1 if causal else kernel // 2
+        self.future = kernel - 1 - self.past
         self.inner, self.outer = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.depthwise = nn.Conv2d(dim, dim, (kernel, 1), groups=dim)
 
@@ -39,7 +41,7 @@ class ConvNeXt(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return in_tiles(self.filter, x, mask, before=self.inner, past=self.past, future=self.kernel - 1 - self.past, width=self.dim, layers=self)
+        return in_tiles(self.filter, x, mask, before=self.inner, past=self.past, future=self.future, width=self.dim, layers=self, chunk=self.chunk_frames)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Zero padding before the first frame."
@@ -48,7 +50,7 @@ class ConvNeXt(Mixer):
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
         z = torch.cat([state["past"], self.inner(x)], 1)  # (B,k-1+C,D)
-        return self.filter(z), {"past": z[:, x.shape[1]:]}
+        return self.filter(F.pad(z, (0, 0, 0, self.future))), {"past": z[:, x.shape[1]:]}
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "kernel": Map (k,D)
         "The filters, over the offset of the input frame."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.registry import EsslError
 from .base import Map, Mixer, mixers
+from ..ops.chunks import at_chunk_ends
 from ..ops.temporal import depthwise
 from ..ops.tiles import in_tiles, sum_tiles
 
@@ -19,6 +20,7 @@ from ..ops.tiles import in_tiles, sum_tiles
 class ConvNeXtStem(Mixer):
     "The common base: depthwise convolution, LayerNorm, a linear layer to a larger width, GELU, and a linear layer back."
     whole_block = True
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -43,7 +45,7 @@ class ConvNeXtStem(Mixer):
 
     def over_time(self, f, x: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D) → (B,T,·)
         "`f`, which begins with the filter, with zero padding at both ends."
-        return in_tiles(f, x, mask, past=self.past, future=self.future, width=self.inner.out_features, layers=self)
+        return in_tiles(f, x, mask, past=self.past, future=self.future, width=self.inner.out_features, layers=self, chunk=self.chunk_frames)
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "kernel": Map (k,D)
         "The filters, over the offset of the input frame."
@@ -80,7 +82,7 @@ class ConvNeXtBlock(ConvNeXtStem):
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
         z = torch.cat([state["past"], x], 1)  # (B,k-1+C,D)
-        return self.filter(z), {"past": z[:, x.shape[1]:]}
+        return self.filter(F.pad(z, (0, 0, 0, self.future))), {"past": z[:, x.shape[1]:]}
 
 # %% ../../nbs/mixers/15_convnext_block.ipynb #d295ac0f
 class ResponseNorm(nn.Module):
@@ -98,14 +100,17 @@ class ResponseNorm(nn.Module):
     def forward(self,
         h: Tensor, # (B,T,D), zeros in the padding
         before: Tensor | float = 0.0, # (B,1,D) sum of squares of the frames before
+        chunk: int | None = None, # frames of the chunks whose ends no frame sees beyond
     ) -> tuple: # (B,T,D) and the new sum of squares (B,1,D)
         "Scale each feature by its relative norm."
         squares = lambda part: part.to(torch.promote_types(h.dtype, torch.float32)).square()
-        total = before + (squares(h).cumsum(1) if self.causal else sum_tiles(squares, h, width=h.shape[2]))  # (B,T or 1,D)
+        running = self.causal or chunk is not None
+        sums = before + (squares(h).cumsum(1) if running else sum_tiles(squares, h, width=h.shape[2]))  # (B,T or 1,D)
+        total = at_chunk_ends(sums, chunk)
         norm = total.clamp(min=torch.finfo(total.dtype).tiny).sqrt()
         relative = norm / (norm.mean(-1, keepdim=True) + 1e-6)
         gain = (1 + self.weight * relative).to(h.dtype)
-        return h * gain + self.bias.to(h.dtype), total[:, -1:]
+        return h * gain + self.bias.to(h.dtype), sums[:, -1:]
 
 
 @mixers.register("convnext_v2", family="convolution", complexity="T", paper="2301.00808", tiny=dict(kernel=5), grid=dict(kernel=[7, 15, 31, 63]))
@@ -125,7 +130,7 @@ class ConvNeXtV2(ConvNeXtStem):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D), to be added to x"
         h = self.over_time(self.hidden, x, mask)  # (B,T,expand·D)
-        return in_tiles(self.outer, self.response(h)[0], mask, width=h.shape[2], layers=self.outer)
+        return in_tiles(self.outer, self.response(h, chunk=self.chunk_frames)[0], mask, width=h.shape[2], layers=self.outer)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Zero padding before the first frame, and sums of 0."
@@ -135,5 +140,5 @@ class ConvNeXtV2(ConvNeXtStem):
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
         z = torch.cat([state["past"], x], 1)  # (B,k-1+C,D)
-        h, squares = self.response(self.hidden(z), state["squares"])
+        h, squares = self.response(self.hidden(F.pad(z, (0, 0, 0, self.future))), state["squares"], self.chunk_frames)
         return self.outer(h), {"past": z[:, x.shape[1]:], "squares": squares}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from ..core.shapes import groups_of, zero_pads
 from .base import Map, Mixer, mixers
+from ..ops.chunks import at_chunk_ends
 
 # %% ../../nbs/mixers/09_fastformer.ipynb #26847cdb
 MOST_FRAMES = 2**19  # that an exported program takes: its 2**26 samples at most (70 minutes) make no more, at 10 ms a frame or longer
@@ -83,6 +84,7 @@ def running_softmax(
 class Fastformer(Mixer):
     "Additive attention: a global query into every key, a global key into every value."
     needs_position = True
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -118,11 +120,17 @@ class Fastformer(Mixer):
         beta = soft(self.logits(k, self.key_logit * global_q))
         return alpha, beta, global_q * (beta[..., None] * k).sum(2, keepdim=True)
 
-    def run(self, q: Tensor, k: Tensor, state: dict) -> tuple: # p (B,H,T,K), the global keys up to each frame (B,H,T,K), the new state
-        "Both weightings over the frames so far."
-        global_q, q_top, q_sums = running_softmax(self.logits(q, self.query_logit), q, state["query_top"], state["query_sums"])
+    def run(self, q: Tensor, k: Tensor, state: dict, mask: Tensor | None = None) -> tuple: # p (B,H,T,K), the global keys of each frame (B,H,T,K), the new state
+        "Both weightings over the frames so far, up to each frame or to the end of its chunk."
+        def weighed(logits, values, top, sums):
+            if mask is not None and self.chunk_frames is not None:  # the end of a chunk may lie in the padding
+                logits = logits.masked_fill(~(mask | ~mask.any(1, keepdim=True))[:, None], -torch.inf)
+            mean, top, sums = running_softmax(logits, values, top, sums)
+            return at_chunk_ends(mean, self.chunk_frames, 2), top, sums
+
+        global_q, q_top, q_sums = weighed(self.logits(q, self.query_logit), q, state["query_top"], state["query_sums"])
         p = global_q * k
-        global_k, k_top, k_sums = running_softmax(self.logits(p, self.key_logit), p, state["key_top"], state["key_sums"])
+        global_k, k_top, k_sums = weighed(self.logits(p, self.key_logit), p, state["key_top"], state["key_sums"])
         return p, global_k, {"query_top": q_top, "query_sums": q_sums, "key_top": k_top, "key_sums": k_sums}
 
     def join(self, q: Tensor, v: Tensor, global_k: Tensor) -> Tensor: # (B,T,D)
@@ -133,7 +141,8 @@ class Fastformer(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         q, k, v = self.heads(zero_pads(x, mask))
-        global_k = self.run(q, k, self.start(x.shape[0], x.device, q.dtype))[1] if self.causal else self.weigh(q, k, mask)[2]
+        running = self.causal or self.chunk_frames is not None
+        global_k = self.run(q, k, self.start(x.shape[0], x.device, q.dtype), mask)[1] if running else self.weigh(q, k, mask)[2]
         return zero_pads(self.join(q, v, global_k), mask)
 
     def start(self, batch: int, device, dtype) -> dict:

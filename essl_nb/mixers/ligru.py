@@ -34,12 +34,13 @@ class LightMixer(Recurrent):
         normalization: str = "layer", # of W x: "layer" or "none"
         activation: str = "relu", # of the candidate: "relu", "leaky_relu", "tanh" or "sine"
         recompute: bool = False, # keep less for the backward pass, and make it again there
+        direction_dropout: float = 0.0, # share of utterances that are trained without the backward network, which can then be left out
     ):
         if normalization not in FRAMEWISE:
             raise EsslError(f"normalization={normalization!r} was given; allowed in a mixer: {', '.join(map(repr, FRAMEWISE))}. "
                             "Batch statistics would let the utterances of a batch move one another; essl_nb.LiGRU has them.")
         self.made = dict(normalization=normalization, activation=activation, recompute=recompute)
-        super().__init__(dim, hidden=hidden, causal=causal)
+        super().__init__(dim, hidden=hidden, causal=causal, direction_dropout=direction_dropout)
 
     def cell(self, dim: int, hidden: int) -> nn.Module:
         "One layer, one direction."

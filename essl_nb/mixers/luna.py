@@ -21,14 +21,14 @@ def running_attention(
     c: Tensor, # (B,H,T,K) keys, which are the values
     a: Tensor, # (B,H,T,l) how much of each frame goes into each slot
     sums: Tensor, # (B,H,K,l) what the slots hold before the first frame
-    count: Tensor, # () how many frames went before
+    count: Tensor, # (B,) how many frames went before
     chunk: int = 32, # frames between sums that are kept
 ) -> tuple: # (B,H,T,K) outputs, (B,H,T,l) unpack weights, (B,H,K,l) sums after the last frame
     "Unpack, for each frame, the mean of what it and the frames before it have packed (2106.01540 section 3)."
     T = q.shape[2]
     N = groups_of(chunk, T)
     q, c, a = (F.pad(z, (0, 0, 0, N * chunk - T)).unflatten(2, (N, chunk)) for z in (q, c, a))  # (B,H,N,C,·)
-    n = (count + torch.arange(1, N * chunk + 1, device=q.device)).view(N, chunk, 1).to(q.dtype)
+    n = (count[:, None] + torch.arange(1, N * chunk + 1, device=q.device)).view(-1, 1, N, chunk, 1).to(q.dtype)  # (B,1,N,C,1)
     after = sums[:, :, None] + (c.mT @ a).cumsum(2)  # (B,H,N,K,l)
     before = torch.cat([sums[:, :, None], after[:, :, :-1]], 2)
     u = ((q @ before + (q @ c.mT).tril() @ a) / n).softmax(-1)  # (B,H,N,C,l)
@@ -40,6 +40,7 @@ class LunaAttention(Mixer):
     "The parameters of Luna, pack attention, and both attentions of the causal form."
     passes_state = True
     needs_position = True
+    why_not_chunked = "its slots hold the whole utterance and go from layer to layer; its causal form streams"
 
     def __init__(self,
         dim: int, # width D of the frames and of the slots
@@ -118,7 +119,7 @@ class Luna(LunaAttention):
         "The state before the first frame: sums and count of zero."
         shape = batch, self.num_heads, self.dim // self.num_heads, self.num_slots
         sums = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
-        return {"sums": sums, "count": torch.zeros((), dtype=torch.int64, device=device)}
+        return {"sums": sums, "count": torch.zeros(batch, dtype=torch.int64, device=device)}
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Sums and count of zero."

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Mixer, mixers
+from .recurrent import check_direction_dropout, drop_direction
 from ..ops.scan import selective_scan
-from ..ops.temporal import depthwise, reverse_within
+from ..ops.temporal import backwards, depthwise, reverse_within
 from ..ops.tiles import by_tiles, tile_frames
 
 # %% ../../nbs/mixers/21_mamba.ipynb #4e4f167f
@@ -65,6 +66,7 @@ class SelectiveSSM(nn.Module):
 @mixers.register("mamba", family="recurrent", complexity="T", paper="2312.00752", tiny=dict(d_state=4), grid=dict(d_state=[8, 16], expand=[1, 2]))
 class Mamba(Mixer):
     "Linear, selective state spaces in one direction or both, a gate, Linear."
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -73,8 +75,10 @@ class Mamba(Mixer):
         d_conv: int = 4, # kernel of the convolution before the state space, frames
         expand: float = 2, # inner features E over D
         causal: bool = False, # forwards only
+        direction_dropout: float = 0.0, # share of utterances that are trained without the backward direction, which can then be left out
     ):
         super().__init__(dim, causal=causal)
+        self.direction_dropout = check_direction_dropout(direction_dropout, causal)
         self.inner = int(expand * dim)
         if min(self.inner, d_state, d_conv) < 1:
             raise EsslError(f"d_state={d_state}, d_conv={d_conv}, expand={expand} were given; each must leave 1 or more.")
@@ -92,7 +96,8 @@ class Mamba(Mixer):
         x, z = self.in_proj(zero_pads(x, mask)).chunk(2, -1)  # (B,T,E) each
         directions = [self.ahead.whole(x)]
         if not self.causal:
-            directions.append(reverse_within(self.back.whole(reverse_within(x, mask)), mask))
+            behind = backwards(lambda x, mask: self.back.whole(x), x, mask, chunk=self.chunk_frames)
+            directions.append(drop_direction(behind, self))
         gated = lambda s: self.out_proj((sum(y[:, s] for y in directions) * F.silu(z[:, s])).to(self.ahead.D.dtype))
         return zero_pads(by_tiles(gated, z, tile_frames(z, self.inner, self.out_proj)), mask)
 
@@ -105,4 +110,6 @@ class Mamba(Mixer):
         "The next frames of a stream."
         x, z = self.in_proj(x).chunk(2, -1)
         y, past, ssm = self.ahead(x, state["past"], state["ssm"])
+        if not self.causal:
+            y = y + drop_direction(reverse_within(self.back.whole(reverse_within(x))), self)
         return self.out_proj((y * F.silu(z)).to(self.ahead.D.dtype)), {"past": past, "ssm": ssm}

@@ -62,23 +62,25 @@ class SqueezeExcite(nn.Module):
         "Gates from means."
         return self.expand(F.silu(self.reduce(mean))).sigmoid()
 
-    def of(self, h: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D) → (B,T or 1,D)
-        "The gates of whole utterances."
-        return self.gates(running_mean(h)[0] if self.causal else masked_mean(h, mask)[:, None])
+    def of(self, h: Tensor, mask: Tensor | None, chunk: int | None = None) -> Tensor: # (B,T,D), zeros in the padding → (B,T or 1,D)
+        "The gates of whole utterances, or of what frames see up to the ends of their chunks."
+        running = self.causal or chunk is not None
+        return self.gates(running_mean(h, mask=mask, chunk=chunk)[0] if running else masked_mean(h, mask)[:, None])
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor: # (B,T,D)
         "Gate the features of whole utterances."
         return h * self.of(h, mask).to(h.dtype)
 
-    def step(self, h: Tensor, total: Tensor, count: Tensor) -> tuple: # (B,C,D) and the new total (B,1,D)
+    def step(self, h: Tensor, total: Tensor, count: Tensor, chunk: int | None = None) -> tuple: # (B,C,D) and the new total (B,1,D)
         "Gate the next frames of a stream."
-        mean, total = running_mean(h, total, count)
+        mean, total = running_mean(h, total, count, chunk=chunk)
         return h * self.gates(mean), total
 
 # %% ../../nbs/mixers/16_mbconv.ipynb #6218fc44
 class InvertedBottleneck(Mixer):
     "The common base: many features inside, few outside, a convolution over time, gates, and a projection."
     whole_block = True
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -95,6 +97,7 @@ class InvertedBottleneck(Mixer):
         if norm not in NORMS:
             raise EsslError(f"norm={norm!r} was given; it can be {' or '.join(NORMS)}.")
         self.kernel, self.past = kernel, kernel - 1 if causal else kernel // 2
+        self.future = kernel - 1 - self.past
         self.make_norm, self.inside = NORMS[norm], expand * dim
         self.read = self.inside  # input features of the convolution over time
         self.excite = SqueezeExcite(self.inside, max(1, round(squeeze * dim)), causal=causal) if squeeze else None
@@ -102,10 +105,10 @@ class InvertedBottleneck(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D), to be added to x"
-        span = dict(past=self.past, future=self.kernel - 1 - self.past, width=self.inside, layers=self)
+        span = dict(past=self.past, future=self.future, width=self.inside, layers=self, chunk=self.chunk_frames)
         h = in_tiles(self.convolve, x, mask, before=self.before, **span)  # (B,T,expand·D), zeros in the padding
-        gate = None if self.excite is None else self.excite.of(h, mask).to(h.dtype)
-        if gate is not None and self.causal:
+        gate = None if self.excite is None else self.excite.of(h, mask, self.chunk_frames).to(h.dtype)
+        if gate is not None and gate.shape[1] == h.shape[1]:
             h, gate = h * gate, None
         close = lambda h: self.last_norm(self.project(h if gate is None else h * gate))
         return in_tiles(close, h, mask, width=self.inside, layers=self.project)
@@ -116,15 +119,15 @@ class InvertedBottleneck(Mixer):
         state = {"past": torch.zeros(batch, self.past, self.read, **options)}
         if self.excite is not None:
             state["total"] = torch.zeros(batch, 1, self.inside, **options)
-            state["count"] = torch.zeros((), dtype=torch.int64, device=options["device"])
+            state["count"] = torch.zeros(batch, dtype=torch.int64, device=options["device"])
         return state
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
         z = torch.cat([state["past"], self.before(x)], 1)
-        h, after = self.convolve(z), {"past": z[:, x.shape[1]:]}
+        h, after = self.convolve(F.pad(z, (0, 0, 0, self.future))), {"past": z[:, x.shape[1]:]}
         if self.excite is not None:
-            h, after["total"] = self.excite.step(h, state["total"], state["count"])
+            h, after["total"] = self.excite.step(h, state["total"], state["count"], self.chunk_frames)
             after["count"] = state["count"] + x.shape[1]
         return self.last_norm(self.project(h)), after
 

@@ -22,6 +22,7 @@ from ..ops.tiles import in_tiles
 # %% ../../nbs/mixers/12_mlp_asr.ipynb #9033e4d9
 class GatedMLP(Mixer):
     "Base of the two gated forms: one half of the hidden features is multiplied by a gate computed from several frames of the other half."
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -51,7 +52,7 @@ class GatedMLP(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return in_tiles(self.gated, x, mask, before=self.halves, past=self.past, future=self.future, width=2 * self.half, layers=self)
+        return in_tiles(self.gated, x, mask, before=self.halves, past=self.past, future=self.future, width=2 * self.half, layers=self, chunk=self.chunk_frames)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Zero padding before the first frame."
@@ -61,7 +62,7 @@ class GatedMLP(Mixer):
         "The next frames of a stream."
         v, u = self.halves(x)
         z = torch.cat([state["past"], v], 1)
-        return self.gated(z, u), {"past": z[:, x.shape[1]:]}
+        return self.gated(F.pad(z, (0, 0, 0, self.future)), u), {"past": z[:, x.shape[1]:]}
 
 # %% ../../nbs/mixers/12_mlp_asr.ipynb #52ccc6cc
 @mixers.register("c_mlp", family="mlp", complexity="T", paper="2202.08456", tiny=dict(kernel=5), grid=dict(kernel=[7, 15, 31, 63]))

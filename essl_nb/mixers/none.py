@@ -18,6 +18,7 @@ from .base import Mixer, mixers
 class NoMixing(Mixer):
     "Position-wise Linear, GELU, Linear: the control."
     needs_position = True
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames

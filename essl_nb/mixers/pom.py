@@ -21,6 +21,7 @@ from ..ops.tiles import in_tiles, sum_tiles
 class PoM(Mixer):
     "Polynomial Mixer: gated means of products of features."
     needs_position = True
+    can_be_chunked = True
 
     def __init__(self,
         dim: int, # width D of the frames
@@ -49,9 +50,10 @@ class PoM(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        if self.causal:
+        if self.causal or self.chunk_frames is not None:
             x = zero_pads(x, mask)
-            return zero_pads(self.read(x, running_mean(self.moments(x))[0]), mask)
+            mean, _ = running_mean(zero_pads(self.moments(x), mask), mask=mask, chunk=self.chunk_frames)
+            return zero_pads(self.read(x, mean), mask)
         frames = x.shape[1] if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
         state = sum_tiles(self.moments, x, mask, width=self.wide, layers=self.factors) / frames  # (B,1,k·e·D)
         return in_tiles(lambda part: self.read(part, state), x, mask, width=self.wide, layers=self)
@@ -59,11 +61,11 @@ class PoM(Mixer):
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "An empty sum."
         total = torch.zeros(batch, 1, self.wide, **self.state_options(device, dtype))
-        return {"total": total, "count": torch.zeros((), dtype=torch.int64, device=total.device)}
+        return {"total": total, "count": torch.zeros(batch, dtype=torch.int64, device=total.device)}
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
-        mean, total = running_mean(self.moments(x), state["total"], state["count"])
+        mean, total = running_mean(self.moments(x), state["total"], state["count"], chunk=self.chunk_frames)
         return self.read(x, mean), {"total": total, "count": state["count"] + x.shape[1]}
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "gate": Map (B,T,k·e·D)

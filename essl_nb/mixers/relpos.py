@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.shapes import zero_pads
 from .attention import Attention
 from .base import Map, mixers
+from ..ops.chunks import seen_keys
 
 # %% ../../nbs/mixers/05_relpos.ipynb #ccd933cd
 def encodings(
@@ -59,6 +60,8 @@ class RelPos(Attention):
         scores = (q + self.u) / K**0.5 @ k.mT + shift((q + self.v) / K**0.5 @ r.mT, S)  # (B,H,Q,S)
         if self.causal:
             scores = scores.masked_fill(torch.ones(Q, S, dtype=torch.bool, device=q.device).triu(S - Q + 1), -torch.inf)
+        elif self.chunk_frames is not None:
+            scores = scores.masked_fill(~seen_keys(S - Q, S, self.chunk_frames, mask, q.device), -torch.inf)
         elif mask is not None:
             scores = scores.masked_fill(~(mask | ~mask.any(1, keepdim=True))[:, None, None], -torch.inf)
         return scores.softmax(-1)
@@ -74,7 +77,7 @@ class RelPos(Attention):
         return {"k": empty, "v": empty}
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
-        "The next frames of a stream, which attend to all frames up to themselves."
+        "The next frames of a stream, which attend to all frames up to themselves, or up to the last one where they are a chunk."
         q, k, v = self.heads(x)
         k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
         return self.join(self.weights(q, k) @ v), {"k": k, "v": v}

@@ -18,6 +18,7 @@ from ..ops.temporal import running_mean
 class MeanMixer(Mixer):
     "Combine a local branch of each frame with the mean of a summary branch; a subclass computes both branches."
     needs_position = True
+    can_be_chunked = True
 
     def parts(self, x: Tensor) -> tuple: # two of (B,T,D)
         "The local branch and the branch that is averaged."
@@ -26,18 +27,21 @@ class MeanMixer(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
         f, s = self.parts(zero_pads(x, mask))
-        mean = running_mean(s)[0] if self.causal else masked_mean(s, mask)[:, None].expand_as(s)
+        if self.causal or self.chunk_frames is not None:
+            mean = running_mean(zero_pads(s, mask), mask=mask, chunk=self.chunk_frames)[0]
+        else:
+            mean = masked_mean(s, mask)[:, None].expand_as(s)
         return zero_pads(self.combine(torch.cat([f, mean], -1)), mask)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "An empty sum."
         total = torch.zeros(batch, 1, self.dim, **self.state_options(device, dtype))
-        return {"total": total, "count": torch.zeros((), dtype=torch.int64, device=total.device)}
+        return {"total": total, "count": torch.zeros(batch, dtype=torch.int64, device=total.device)}
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
         f, s = self.parts(x)
-        mean, total = running_mean(s, state["total"], state["count"])
+        mean, total = running_mean(s, state["total"], state["count"], chunk=self.chunk_frames)
         return self.combine(torch.cat([f, mean], -1)), {"total": total, "count": state["count"] + x.shape[1]}
 
 # %% ../../nbs/mixers/17_summary.ipynb #0972406e

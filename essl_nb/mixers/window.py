@@ -52,12 +52,20 @@ class Window(Attention):
 
     def window_mask(self, T: int, mask: Tensor | None, device) -> Tensor: # bool, ([B·]N,1,[C],S), with S frames in each chunk's window
         "Which frames of its window a chunk may attend to."
-        C, N = self.chunk, groups_of(self.chunk, T)
+        C, N, ahead = self.chunk, groups_of(self.chunk, T), self.chunk_frames
         first, S = (torch.arange(N, device=device) - self.left) * C, (self.left + 1 + self.right) * C
         s = first[:, None] + torch.arange(S, device=device)  # (N,S)
         if self.causal:
             t = torch.arange(N * C, device=device).view(N, C, 1)
             return ((s >= 0)[:, None] & (s[:, None] <= t))[:, None]  # (N,1,C,S)
+        if ahead is not None:
+            t = torch.arange(N * C, device=device).view(N, C, 1)
+            near = ((s >= 0) & (s < T))[:, None] & (s[:, None] < (t // ahead + 1) * ahead)  # (N,C,S)
+            if mask is None:
+                return near[:, None]
+            real = neighbours(F.pad(mask, (0, N * C - T)).view(-1, N, C), self.left, self.right)  # (B,N,S)
+            seen = near & real[:, :, None]  # (B,N,C,S)
+            return (seen | ~seen.any(-1, keepdim=True)).flatten(0, 1)[:, None]  # (B·N,1,C,S)
         if mask is None:
             return ((s >= 0) & (s < T))[:, None, None]  # (N,1,1,S)
         real = neighbours(F.pad(mask, (0, N * C - T)).view(-1, N, C), self.left, self.right)  # (B,N,S)
@@ -78,6 +86,8 @@ class Window(Attention):
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
+        if not self.causal:
+            return self.portion(x, state)
         out = []
         for some in x.split((self.left + 1) * self.chunk, 1):
             y, state = self.portion(some, state)
@@ -85,13 +95,14 @@ class Window(Attention):
         return torch.cat(out, 1), state
 
     def portion(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
-        "A few frames of a stream, which attend to the kept keys and to each other up to themselves."
+        "A few frames of a stream, which attend to the kept keys and to each other, up to themselves or, where they are a chunk, to all."
         n, past = x.shape[1], state["k"].shape[2]
         start = state["position"]
         q, k, v = self.heads(x, start)
         k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
-        t, s = torch.arange(n, device=x.device)[:, None] + start, torch.arange(past + n, device=x.device) + start - past
-        seen = (s <= t) & (s >= (t // self.chunk - self.left) * self.chunk)  # (n,past+n)
+        t = torch.arange(n, device=x.device)[:, None] + start[:, None, None, None]  # (B,1,n,1)
+        s = torch.arange(past + n, device=x.device) + start[:, None, None, None] - past  # (B,1,1,past+n)
+        seen = (s >= (t // self.chunk - self.left) * self.chunk) & (s <= t if self.causal else s < (t // self.chunk + 1 + self.right) * self.chunk)
         kept = max(0, past + n - (self.left + 1) * self.chunk + 1)
         return self.join(attend(q, k, v, seen)), {"k": k[:, :, kept:], "v": v[:, :, kept:], "position": start + n}
 
@@ -101,6 +112,8 @@ class Window(Attention):
         t = torch.arange(x.shape[1], device=x.device)
         ahead = t[None] // self.chunk - t[:, None] // self.chunk  # (T,T): chunks from query to key
         seen = (ahead >= -self.left) & (ahead <= self.right) & (t[None] <= t[:, None] if self.causal else True)
+        if self.chunk_frames is not None:
+            seen = seen & (t[None] < (t[:, None] // self.chunk_frames + 1) * self.chunk_frames)
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask  # (B,T)
         seen = seen & real[:, None] | ~real[:, :, None]  # (B,T,T)
         weights = (q @ k.mT / k.shape[-1] ** 0.5).masked_fill(~seen[:, None], -torch.inf).softmax(-1)

@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ..core.config import check_options, check_types
+from ..core.config import check_options, check_types, later
 from ..core.registry import EsslError, nearest
 
 # %% ../../nbs/models/08_config.ipynb #31aa2957
@@ -37,6 +37,7 @@ class EncoderConfig:
     mixer_kw: dict = field(default_factory=dict)  # the mixer's own options
     frontend_kw: dict = field(default_factory=dict)  # the front end's own options
     block_kw: dict = field(default_factory=dict)  # the block's own options
+    chunk_frames: int | None = later(None)  # frames see the past and the rest of their chunk of so many frames; None: the whole utterance
 
     def __post_init__(self):
         check_types(self)
@@ -60,6 +61,11 @@ class EncoderConfig:
             raise EsslError(
                 f"dim={self.dim}, depth={self.depth}, dropout={self.dropout} were given; dim and depth must be 1 or "
                 "more, dropout in [0, 1)."
+            )
+        if self.chunk_frames is not None and (self.causal or self.chunk_frames < 1 or self.position in ("convolutional", "stacked")):
+            raise EsslError(
+                f"chunk_frames={self.chunk_frames} was given; it is 1 or more, with causal=False and a position that "
+                "does not look ahead by itself (auto, sinusoidal, none)."
             )
         if self.ff_mult <= 0:
             raise EsslError(f"ff_mult={self.ff_mult} was given; it must be above 0.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.registry import EsslError
 from ..core.shapes import zero_pads
-from .block import Block, FeedForward, blocks
+from .block import Block, FeedForward, LocalConvolution, blocks
 from ..ops.temporal import depthwise
 from ..ops.tiles import in_tiles
 
@@ -41,7 +41,7 @@ class DepthwiseConv(nn.Conv2d):
         return in_tiles(self.within, x, mask, past=self.past, future=self.future, width=x.shape[2])
 
 # %% ../../nbs/models/07_conformer.ipynb #ea40c2d4
-class ConvolutionModule(nn.Module):
+class ConvolutionModule(LocalConvolution):
     "The conformer's: norm, gated linear unit, filter over time, norm, SiLU, Linear."
 
     def __init__(self,
@@ -56,18 +56,22 @@ class ConvolutionModule(nn.Module):
         self.filter = DepthwiseConv(dim, kernel=kernel, causal=causal)
         self.filter_norm = nn.LayerNorm(dim) if filter_norm else nn.Identity()
         self.outer = nn.Linear(dim, dim)
+        self.past, self.future, self.channels, self.width = self.filter.past, self.filter.future, dim, 2 * dim
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        "(B,T,D), (B,T) → (B,T,D)"
-        before = lambda x: F.glu(self.inner(self.norm(x)))  # (B,T,D)
-        after = lambda z: self.outer(F.silu(self.filter_norm(self.filter.within(z))))
-        return in_tiles(after, x, mask, before=before, past=self.filter.past, future=self.filter.future, width=self.inner.out_features, layers=self)
+    def before(self, x: Tensor) -> Tensor: # (B,T,D) → (B,T,D)
+        "Norm and gated linear unit."
+        return F.glu(self.inner(self.norm(x)))
+
+    def after(self, z: Tensor) -> Tensor: # (B,T+k-1,D) → (B,T,D)
+        "Filter, norm, SiLU, Linear."
+        return self.outer(F.silu(self.filter_norm(self.filter.within(z))))
 
 # %% ../../nbs/models/07_conformer.ipynb #134a9ddb
 @blocks.register("conformer", paper="2005.08100")
 class ConformerBlock(Block):
     "Half a feed-forward layer, mixer, convolution module, half a feed-forward layer, norm."
     norms_last = True
+    streams = True
 
     def __init__(self,
         dim: int, # width of the frames
@@ -88,7 +92,6 @@ class ConformerBlock(Block):
         self.first, self.last = half(), half()
         self.convolution = ConvolutionModule(dim, kernel=kernel, causal=causal, filter_norm=filter_norm)
         self.norms_last = encoder_norm == "first"
-        self.own_state_size = self.convolution.filter.past * dim
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:
@@ -100,8 +103,17 @@ class ConformerBlock(Block):
         x = x + self.dropout(self.convolution(x, mask))
         return zero_pads(self.norm(x + self.last(x) / 2), mask), layer_state
 
+    def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
+        "The next frames of a stream."
+        x = x + self.first(x) / 2
+        y, state = self.mixed_step(x, state)
+        x = x + y
+        y, past = self.convolution.step(x, state["convolution"])
+        x = x + y
+        return self.norm(x + self.last(x) / 2), state | {"convolution": past}
+
 # %% ../../nbs/models/07_conformer.ipynb #04a473de
-class GatedBranch(nn.Module):
+class GatedBranch(LocalConvolution):
     "The convolutional gating MLP: half of a wide layer is filtered over time and multiplies the other half."
 
     def __init__(self,
@@ -118,22 +130,23 @@ class GatedBranch(nn.Module):
         self.outer = nn.Linear(half, dim)
         nn.init.normal_(self.gate.weight, std=1e-6)
         nn.init.ones_(self.gate.bias)
+        self.past, self.future, self.channels, self.width = self.gate.past, self.gate.future, half, 2 * half
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        "(B,T,D), (B,T) → (B,T,D)"
+    def before(self, x: Tensor) -> tuple: # (B,T,D) → the half to be filtered and the half that it gates, (B,T,H) each
+        "The wide layer; one half of it normalised."
+        a, b = F.gelu(self.inner(self.norm(x))).chunk(2, -1)
+        return self.gate_norm(b), a
 
-        def before(x):
-            a, b = F.gelu(self.inner(self.norm(x))).chunk(2, -1)  # (B,T,H) each
-            return self.gate_norm(b), a
-
-        after = lambda b, a: self.outer(a * self.gate.within(b))
-        return in_tiles(after, x, mask, before=before, past=self.gate.past, future=self.gate.future, width=self.inner.out_features, layers=self)
+    def after(self, b: Tensor, a: Tensor) -> Tensor: # (B,T+k-1,H), (B,T,H) → (B,T,D)
+        "Filter, gate, Linear."
+        return self.outer(a * self.gate.within(b))
 
 # %% ../../nbs/models/07_conformer.ipynb #5e9ee755
 @blocks.register("branchformer", paper="2207.02971")
 class BranchformerBlock(Block):
     "Mixer and gated MLP in parallel, merged by a linear layer, norm."
     norms_last = True
+    streams = True
 
     def __init__(self,
         dim: int, # width of the frames
@@ -147,7 +160,6 @@ class BranchformerBlock(Block):
     ):
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, dropout=dropout, causal=causal)
         self.local = GatedBranch(dim, ff_mult=ff_mult, kernel=kernel, causal=causal)
-        self.own_state_size = self.local.gate.past * self.local.gate.in_channels
         self.merge, self.norm = nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, layer_state: dict | None = None) -> tuple:
@@ -156,3 +168,9 @@ class BranchformerBlock(Block):
         y, layer_state = self.mixed(x, mask, layer_state)
         both = torch.cat([y, self.dropout(self.local(x, mask))], -1)  # (B,T,2D)
         return zero_pads(self.norm(x + self.merge(both)), mask), layer_state
+
+    def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
+        "The next frames of a stream."
+        y, state = self.mixed_step(x, state)
+        local, past = self.local.step(x, state["local"])
+        return self.norm(x + self.merge(torch.cat([y, local], -1))), state | {"local": past}

@@ -83,6 +83,8 @@ class Frontend(Constants):
     stored = True  # raw features are log-mel frames as corpora store them; False: they are the samples
     spec = LogMelSpec()  # of the raw features: samples per second, samples from one to the next, numbers in each
     stride, view = 1, 1  # raw features from one frame to the next; raw features that one frame sees
+    past, future = 0, 0  # raw features that frame j sees before and after number j·stride
+    why_no_stream = ""  # the reason, where a frame depends on the whole utterance
 
     @property
     def frame_seconds(self) -> float:
@@ -98,6 +100,10 @@ class Frontend(Constants):
     def least_samples(self) -> int:
         "Samples of the shortest clip that has a frame."
         return self.spec.hop if self.stored else self.view
+
+    def samples_until(self, frame: int) -> int:
+        "Samples from the start of a stream to the last one that a frame depends on; windows are centred, and nothing counts beyond their ends."
+        return self.spec.hop * (frame * self.stride + self.future) + (self.spec.win // 2 if self.stored else 1)
 
     def set_statistics(self, mean: Tensor, std: Tensor):
         "Take the training set's mean and standard deviation of each mel bin; front ends over the waveform ignore them."
@@ -177,14 +183,15 @@ class LogMelFrontend(MelFrontend):
         if kernel < 1 or stride < 1:
             raise EsslError(f"The front end was given kernel={kernel}, stride={stride}; both must be 1 or more.")
         self.stride, self.view, self.kernel, self.causal = stride, kernel, kernel, causal
+        self.past = kernel - 1 if causal else (kernel - 1) // 2
+        self.future = kernel - 1 - self.past
         self.conv = nn.Conv1d(self.spec.n_mels, dim, kernel, stride)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, raw, lengths, span=None, generator=None): # (B,T',D), (B,)
         "Frames from raw features (B,T,F), log-mel here, and their lengths; `span` (B,T') bool hides frames of the output's rate."
         x = self.normalised(raw, lengths, span, generator).transpose(1, 2)  # (B,F,T)
-        past = self.kernel - 1 if self.causal else (self.kernel - 1) // 2
-        x = self.conv(F.pad(x, (past, self.kernel - 1 - past)).to(self.conv.weight.dtype)).transpose(1, 2)  # (B,T',D)
+        x = self.conv(F.pad(x, (self.past, self.future)).to(self.conv.weight.dtype)).transpose(1, 2)  # (B,T',D)
         lengths = None if lengths is None else self.out_lengths(lengths)
         return zero_pads(self.norm(x), mask_of(lengths, x.shape[1])), lengths
 
@@ -208,6 +215,7 @@ class WaveFrontend(Frontend):
         super().__init__()
         self.convolutions, self.stride = convolutions, prod(s for _, s in convolutions)
         self.view = 1 + sum((k - 1) * prod(s for _, s in convolutions[:i]) for i, (k, _) in enumerate(convolutions))
+        self.future = self.view - 1
         self.hidden = nn.Parameter(torch.rand(dim))
 
     def features(self,

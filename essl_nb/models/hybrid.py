@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.registry import EsslError
-from .block import TransformerBlock, blocks
+from .block import LocalConvolution, TransformerBlock, blocks
 from ..ops.temporal import depthwise
-from ..ops.tiles import in_tiles
 
 # %% ../../nbs/models/06_hybrid.ipynb #b215f6f9
-class LocalBranch(nn.Module):
+class LocalBranch(LocalConvolution):
     "Norm, depthwise convolution over a few frames, GELU, Linear."
 
     def __init__(self,
@@ -29,13 +28,17 @@ class LocalBranch(nn.Module):
         if kernel < 1 or (kernel % 2 == 0 and not causal):
             raise EsslError(f"kernel={kernel} has no middle frame: take an odd number of frames, or causal=True.")
         self.kernel, self.past = kernel, kernel - 1 if causal else kernel // 2
+        self.future, self.channels, self.width = kernel - 1 - self.past, dim, dim
         self.norm, self.outer = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.filter = nn.Conv2d(dim, dim, (kernel, 1), groups=dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        "(B,T,D), (B,T) → (B,T,D)"
-        after = lambda z: self.outer(F.gelu(depthwise(z, self.filter.weight, self.filter.bias)))  # z (B,T+k-1,D)
-        return in_tiles(after, x, mask, before=self.norm, past=self.past, future=self.kernel - 1 - self.past, width=x.shape[2], layers=self)
+    def before(self, x: Tensor) -> Tensor: # (B,T,D) → (B,T,D)
+        "The norm."
+        return self.norm(x)
+
+    def after(self, z: Tensor) -> Tensor: # (B,T+k-1,D) → (B,T,D)
+        "Filter, GELU, Linear."
+        return self.outer(F.gelu(depthwise(z, self.filter.weight, self.filter.bias)))
 
 
 @blocks.register("hybrid")
@@ -54,9 +57,14 @@ class HybridBlock(TransformerBlock):
     ):
         super().__init__(dim, mixer=mixer, mixer_kw=mixer_kw, ff_mult=ff_mult, dropout=dropout, causal=causal)
         self.local = LocalBranch(dim, kernel=kernel, causal=causal)
-        self.own_state_size = self.local.past * dim
 
     def mixed(self, x: Tensor, mask: Tensor | None, layer_state: dict | None) -> tuple: # (B,T,D), layer_state
         "What mixer and branch add to the frames."
         y, layer_state = super().mixed(x, mask, layer_state)
         return y + self.dropout(self.local(x, mask)), layer_state
+
+    def mixed_step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
+        "What mixer and branch add to the next frames of a stream."
+        y, state = super().mixed_step(x, state)
+        local, past = self.local.step(x, state["local"])
+        return y + local, state | {"local": past}

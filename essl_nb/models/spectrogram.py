@@ -89,6 +89,8 @@ class EfficientNetFrontend(MelFrontend):
                 stride = 2 if i and j == 0 else 1
                 make.append(FusedMBConv2d(size, sizes[i + 1], expand=4 if i else 1, stride=stride, norm=norm, causal=causal))
         self.blocks, self.view = nn.ModuleList(make), 3 + 4 * len(make)
+        self.future = 0 if causal else self.view // 2
+        self.past = self.view - 1 - self.future
         self.stem_norm = NORMS[norm](channels[0])
         self.project, self.norm = nn.Linear(channels[-1], dim), nn.LayerNorm(dim)
 

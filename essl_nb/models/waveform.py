@@ -76,6 +76,8 @@ class Wav2Vec2Frontend(WaveFrontend):
                 "norm='layer' and normalise=False."
             )
         self.normalise = normalise
+        if norm == "group" or normalise:
+            self.why_no_stream = "it takes statistics over the whole utterance (norm='group' or normalise=True)"
         sizes = [1] + [channels] * len(CONVOLUTIONS)
         self.layers = nn.ModuleList(nn.Conv1d(a, b, k, s, bias=bias) for a, b, (k, s) in zip(sizes, sizes[1:], CONVOLUTIONS))
         norms = [FeatureNorm(channels) for _ in CONVOLUTIONS] if norm == "layer" else [TimeNorm(channels)]
