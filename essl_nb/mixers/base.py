@@ -195,8 +195,8 @@ class Mixer(nn.Module):
     def state_options(self, device=None, dtype=None) -> dict: # for tensors of the state
         "Device and type of a stream's state. Raises EsslError where this mixer looks ahead without bound."
         if not self.causal and self.chunk_frames is None:
-            way = "bound that by set_chunk, or build it with causal=True" if self.can_be_chunked else "build it with causal=True"
-            raise EsslError(f"This {type(self).__name__} looks ahead to the end of the utterance and cannot stream; {way}.")
+            ways = ["bound that by set_chunk"] * self.can_be_chunked + ["build it with causal=True"] * self.can_be_causal
+            raise EsslError(f"This {type(self).__name__} looks ahead to the end of the utterance and cannot stream; {', or '.join(ways) or self.why_not_causal}.")
         p = next(self.parameters(), torch.empty(0))
         return {"device": p.device if device is None else device, "dtype": p.dtype if dtype is None else dtype}
 
