@@ -146,8 +146,10 @@ def later(default): # a plain value
 def without_later(cls: type, values: dict) -> dict:
     "Plain values of a dataclass without those of `later` fields that are at their default, so that old hashes stay."
     usual = lambda f: f.default if f.default is not dataclasses.MISSING else f.default_factory()
-    left = {f.name: usual(f) for f in dataclasses.fields(cls) if f.metadata.get("later")}
-    return {k: v for k, v in values.items() if k not in left or v != left[k]}
+    left = {f.name: json.loads(json.dumps(usual(f))) for f in dataclasses.fields(cls) if f.metadata.get("later")}
+    inner = {name: hint for name, hint in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(hint)}
+    kept = {k: v for k, v in values.items() if k not in left or v != left[k]}
+    return {k: without_later(inner[k], v) if k in inner and isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def rebuilt(hint, value, place: str):

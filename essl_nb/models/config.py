@@ -8,7 +8,7 @@ __all__ = ['Position', 'POSITIONS', 'POSITION_KERNEL', 'POSITION_GROUPS', 'STACK
 
 # %% ../../nbs/models/08_config.ipynb #9bd82f4c
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from ..core.config import check_options, check_types, later
@@ -38,6 +38,10 @@ class EncoderConfig:
     frontend_kw: dict = field(default_factory=dict)  # the front end's own options
     block_kw: dict = field(default_factory=dict)  # the block's own options
     chunk_frames: int | None = later(None)  # frames see the past and the rest of their chunk of so many frames; None: the whole utterance
+
+    def __repr__(self):  # also what caches are named by: fields that came later are left out at their defaults
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("later") or getattr(self, f.name) != f.default}
+        return f"EncoderConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __post_init__(self):
         check_types(self)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['POSITION_MODULES', 'sinusoids', 'ConvolutionalPosition', 'StackedPosition', 'initialise', 'Encoded', 'Encoder',
-           'build_encoder', 'load_encoder']
+           'chunk_set', 'check_chunks', 'draw_chunk', 'build_encoder', 'load_encoder']
 
 # %% ../../nbs/models/14_encoder.ipynb #b5acc6ef
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,6 +255,39 @@ class Encoder(Hub, nn.Module):
         return load_encoder(folder, cls=cls)
 
 # %% ../../nbs/models/14_encoder.ipynb #bc25e61e
+@contextmanager
+def chunk_set(
+    encoder, # an Encoder
+    frames: int | None, # of a chunk; None: the whole utterance
+):
+    "With another look-ahead for a while."
+    before = encoder.chunk_frames
+    encoder.set_chunk(frames)
+    try:
+        yield encoder
+    finally:
+        encoder.set_chunk(before)
+
+
+def check_chunks(chunks: tuple, causal: bool):
+    "Raise EsslError for chunks to train with that cannot be."
+    wrong = [c for c in chunks if c is not None and (isinstance(c, bool) or not isinstance(c, int) or c < 1)]
+    if wrong or (chunks and causal):
+        raise EsslError(f"chunks={list(chunks)} was given{' with a causal encoder' * causal}; of each step one is drawn: whole numbers of frames, 1 or more, "
+                        "null for the whole utterance, and an encoder with causal=False.")
+
+
+def draw_chunk(
+    encoder, # an Encoder
+    chunks: tuple, # frames of a chunk, or None for the whole utterance; empty: nothing is drawn
+    *seed, # what the draw is named by
+):
+    "Set one of several look-aheads, so that one model learns to serve them all (2012.05481)."
+    if chunks:
+        generator = torch.Generator().manual_seed(derive_seed("chunk", *seed))
+        encoder.set_chunk(chunks[int(torch.randint(len(chunks), (), generator=generator))])
+
+
 def build_encoder(
     config: EncoderConfig, # what to build
     *,

@@ -310,7 +310,10 @@ def fresh_copy(
 ):
     "The encoder to fine-tune, in float32; the given one is not changed."
     if start == "scratch":
-        return untrained(encoder, seed=seed).float()
+        fresh = untrained(encoder, seed=seed).float()
+        if getattr(encoder, "chunk_frames", None) is not None:
+            fresh.set_chunk(encoder.chunk_frames)
+        return fresh
     return copy.deepcopy(in_float32(encoder)).requires_grad_(True)
 
 

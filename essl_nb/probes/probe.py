@@ -15,7 +15,7 @@ import os
 import time
 import typing
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,7 @@ from ..core.intervals import bootstrap_interval, ids_hash, ratio
 from ..core.precision import plain_torch
 from ..core.registry import EsslError, Registry
 from ..data.corpus import load_corpus
-from ..models.encoder import build_encoder
+from ..models.encoder import build_encoder, chunk_set
 from .frames import Baseline, Source, device_of, open_encoder
 from .heads import heads
 
@@ -178,6 +178,7 @@ def run_probe(
     memo: dict | None = None, # your dictionary, to reuse frames between probes of one encoder
     precision: str = "auto", # of the encoder's forward pass: auto, bf16 or fp32
     device: str | None = None, # where the encoder runs, "cpu" or "cuda"; where it is by default, and it is put back there
+    chunk_frames: int | None = None, # look-ahead of the encoder while it is scored, frames of a chunk; None: its own
     **options, # the probe's own, such as span_ms
 ) -> Score:
     "Score a frozen encoder with one probe. Raises EsslError for unknown names, missing labels, and NaN or infinite frames."
@@ -200,7 +201,7 @@ def run_probe(
                 f"The probe {probe!r} needs {needs} labels and this corpus has none; it can run: "
                 f"{', '.join(runnable(corpus)) or 'no probe'}."
             )
-        with on_device(encoder, device):
+        with on_device(encoder, device), nullcontext() if chunk_frames is None else chunk_set(encoder, chunk_frames):
             source = Source(encoder, corpus.features(progress=progress), memo=memo, precision=precision)
             score = entry.obj(Job(probe, source, corpus, head, labels, seed, split, progress), **options)
     times = dict(seconds=round(time.perf_counter() - began, 2), cpu_seconds=round(time.process_time() - cpu_began, 2))

@@ -9,7 +9,7 @@ __all__ = ['FinetuneConfig']
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.config import check_types
+from ..core.config import check_types, later
 from ..core.registry import EsslError
 
 # %% ../../nbs/probes/14_words_config.ipynb #80de4144
@@ -43,6 +43,8 @@ class FinetuneConfig:
     lm_weight: float = 1.0  # with lm: of its log-probability
     unreadable: float = 0.05  # largest share of training clips that cannot be read
     seed: int = 0  # of head, order, masks, dropout
+    chunk_frames: int | None = later(None)  # look-ahead of the recogniser: frames of a chunk; null: as the encoder has it
+    chunks: tuple[int | None, ...] = later(())  # look-aheads to train for: each step draws one, null for the whole utterance; empty: chunk_frames alone
 
     def __post_init__(self):
         check_types(self)

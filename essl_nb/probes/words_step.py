@@ -17,6 +17,7 @@ from ..core.files import save_tensors, write_json
 from ..core.precision import autocast
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, pad_sequences
+from ..models.encoder import check_chunks, draw_chunk
 from .decode import TextEvaluation, greedy_texts
 from .finetune import Diverged, Recogniser, ctc, ctc_weights, frames_needed, fresh_copy, masked_batch, seeded
 from .frames import Source, duration_batches, fingerprint, open_encoder
@@ -88,6 +89,10 @@ class WordsRun:
             raise EsslError(f"{config.encoder} is not an encoder that can be fine-tuned; give the folder of a saved one.")
         self.encoder_hash = fingerprint(given)
         encoder = fresh_copy(given, config.start, config.seed)
+        if config.chunk_frames is not None or config.chunks:
+            check_chunks((config.chunk_frames, *config.chunks), encoder.config.causal)
+            encoder.set_chunk(config.chunk_frames)
+        self.chunk_frames = getattr(encoder, "chunk_frames", None)
         self.model = Recogniser(encoder, len(vocabulary), seeded("head", config.seed)).to(device)
         mel = given.frontend.stored
         features = corpus.features(progress=progress) if mel else None
@@ -177,6 +182,7 @@ def words_step(
     for group in run.optimiser.param_groups:
         group["lr"] = rate * group["scale"]
     run.freeze()
+    draw_chunk(run.model.encoder, c.chunks, c.seed, run.step)
     run.model.train()
     run.optimiser.zero_grad(set_to_none=True)
     row = dict(loss=None, grad_norm=None)
@@ -219,6 +225,8 @@ def evaluate_words(
 ) -> TextEvaluation:
     "Texts of these clips, in their order; a clip that cannot be read, or is shorter than a frame, gets an empty text."
     run.model.eval()
+    if run.config.chunks:
+        run.model.encoder.set_chunk(run.chunk_frames)
     texts, loss, weight, blank, frames = {}, 0.0, 0, 0, 0
     order = duration_batches([run.raw_length(u) for u in clips], int(run.source.rate * run.config.batch_seconds))
     decode = decoder or (lambda *a: greedy_texts(*a, run.vocabulary))

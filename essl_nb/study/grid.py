@@ -317,6 +317,8 @@ def key_of(kind: str, what: dict) -> str: # 12 hex digits
     found = {k: what[k] for k in DETERMINED_BY[kind] if k in what}
     if isinstance(found.get("pretrain"), dict):
         found["pretrain"] = without_later(PretrainConfig, found["pretrain"])
+    if isinstance(found.get("config"), dict):
+        found["config"] = without_later(EncoderConfig, found["config"])
     if kind == "cost" and what.get("card") in CARDS and "kw" in found:
         found["kw"] = non_default(CARDS[what["card"]], found["kw"])  # device="cpu" is what a card is measured on anyway
     return content_hash([kind, found])

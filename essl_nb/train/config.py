@@ -44,6 +44,7 @@ class PretrainConfig:
     target_seed: int = 0  # of the targets; the same for all encoders of a study
     masking: dict = later({})  # {"preset": "wav2vec2"} or fields of Masking; empty: spans of span_seconds that hide span_share
     reading: Reading = later("auto")  # stored: log-mel and targets computed first; streamed: sound read and analysed step by step
+    chunks: tuple[int | None, ...] = later(())  # look-aheads to train for: each step draws one, frames of a chunk or null for the whole utterance; empty: the encoder's own
     start: str = later("")  # an encoder whose weights training begins with, another mixer's too: a folder, published weights, a name on the hub; "": random ones
 
     def __post_init__(self):
@@ -67,6 +68,10 @@ class PretrainConfig:
         for name, value in dict(warmup=self.warmup, **{"betas[0]": self.betas[0], "betas[1]": self.betas[1]}).items():
             if not 0 <= value < 1:
                 raise EsslError(f"{name}={value} was given; it must lie in [0, 1).")
+        if self.chunks:
+            from essl_nb.models.encoder import check_chunks
+
+            check_chunks(self.chunks, self.encoder.causal)
         if not 0 < self.span_share < 1:
             raise EsslError(f"span_share={self.span_share} was given; it must lie between 0 and 1.")
         self.masked()
