@@ -84,6 +84,12 @@ class Window(Attention):
         y = y.transpose(1, 2).reshape(B, N * C, D)[:, :T]
         return zero_pads(self.out(y), mask)
 
+    def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
+        "Keys and values of 0 for as many frames as a window reaches back; they stand before position 0, where nothing looks."
+        state = super().init_state(batch, device=device, dtype=dtype)
+        kept = (0, 0, (self.left + 1) * self.chunk - 1, 0)
+        return state | {name: F.pad(state[name], kept) for name in ("k", "v")}
+
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream."
         if not self.causal:
@@ -102,9 +108,8 @@ class Window(Attention):
         k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
         t = torch.arange(n, device=x.device)[:, None] + start[:, None, None, None]  # (B,1,n,1)
         s = torch.arange(past + n, device=x.device) + start[:, None, None, None] - past  # (B,1,1,past+n)
-        seen = (s >= (t // self.chunk - self.left) * self.chunk) & (s <= t if self.causal else s < (t // self.chunk + 1 + self.right) * self.chunk)
-        kept = max(0, past + n - (self.left + 1) * self.chunk + 1)
-        return self.join(attend(q, k, v, seen)), {"k": k[:, :, kept:], "v": v[:, :, kept:], "position": start + n}
+        seen = (s >= 0) & (s >= (t // self.chunk - self.left) * self.chunk) & (s <= t if self.causal else s < (t // self.chunk + 1 + self.right) * self.chunk)
+        return self.join(attend(q, k, v, seen)), {"k": k[:, :, n:], "v": v[:, :, n:], "position": start + n}
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "weights": Map (B,H,T,T)
         "The softmax weights of each head, as an explicit matrix; rows of padded frames are 0."

@@ -105,6 +105,12 @@ class Frontend(Constants):
         "Samples from the start of a stream to the last one that a frame depends on; windows are centred, and nothing counts beyond their ends."
         return self.spec.hop * (frame * self.stride + self.future) + (self.spec.win // 2 if self.stored else 1)
 
+    def within(self, raw: Tensor, first: Tensor) -> Tensor: # (B,n,F) with `past` and `future` around it, (B,) the number of raw[:,0] → (B,C,D)
+        "Frames of raw features that bring their context along. Raises EsslError where each layer pads by itself."
+        if self.stored:
+            raise EsslError(f"{type(self).__name__} pads in each of its layers, so a fixed piece of sound does not tell its frames; it streams in torch, not as a graph.")
+        return self(raw, None)[0]
+
     def set_statistics(self, mean: Tensor, std: Tensor):
         "Take the training set's mean and standard deviation of each mel bin; front ends over the waveform ignore them."
 
@@ -194,6 +200,12 @@ class LogMelFrontend(MelFrontend):
         x = self.conv(F.pad(x, (self.past, self.future)).to(self.conv.weight.dtype)).transpose(1, 2)  # (B,T',D)
         lengths = None if lengths is None else self.out_lengths(lengths)
         return zero_pads(self.norm(x), mask_of(lengths, x.shape[1])), lengths
+
+    def within(self, raw: Tensor, first: Tensor) -> Tensor: # (B,n,F), (B,) the number of raw[:,0] → (B,(n-kernel)//stride+1,D)
+        "Frames of raw features that bring their context along; what stands before number 0 counts as padding."
+        t = first[:, None] + torch.arange(raw.shape[1], device=raw.device)
+        x = zero_pads((raw - self.mean) / self.std, t >= 0).transpose(1, 2)
+        return self.norm(self.conv(x).transpose(1, 2))
 
 # %% ../../nbs/models/01_frontend.ipynb #41875e3d
 @dataclass(frozen=True)
