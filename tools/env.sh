@@ -57,7 +57,7 @@ fi
 
 # A terminal shows pip's own bars; a log gets one line for each step.
 if [ -t 1 ]; then quiet=; else quiet=-q; fi
-pip() { PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check install $quiet -c constraints.txt "$@"; }
+pip() { PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check install --no-compile $quiet -c constraints.txt "$@"; }
 began=$(date +%s)
 if [ "$bare" = 1 ]; then
     free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')

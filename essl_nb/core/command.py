@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'essl_explore', 'essl_pretrain', 'essl_probe', 'essl_cost', 'essl_curves', 'essl_study', 'essl_submit',
-           'essl_ligru_bench', 'essl_recognise', 'essl_shards', 'essl_finetune', 'comments', 'signature', 'fields_of',
-           'add_option', 'normalise', 'error_message', 'path_error', 'status_of', 'numbers', 'Command']
+           'essl_ligru_bench', 'essl_recognise', 'essl_shards', 'essl_finetune', 'essl_export', 'comments', 'signature',
+           'fields_of', 'add_option', 'normalise', 'error_message', 'path_error', 'status_of', 'numbers', 'Command']
 
 # %% ../../nbs/core/15_command.ipynb #d6070bbf
 import argparse
@@ -244,3 +244,4 @@ essl_ligru_bench = Command("costs.recurrent:essl_ligru_bench")
 essl_recognise = Command("probes.recognise:essl_recognise")
 essl_shards = Command("data.shards:essl_shards")
 essl_finetune = Command("probes.words_command:essl_finetune", maybe=("encoder",), settings="probes.words_config:FinetuneConfig")
+essl_export = Command("probes.export_command:essl_export")

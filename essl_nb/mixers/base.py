@@ -166,10 +166,10 @@ class Mixer(nn.Module):
             return
         if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
             raise EsslError(f"chunk={frames!r} was given; a chunk has a whole number of frames, 1 or more; None is the whole utterance.")
-        if self.causal:
-            raise EsslError(f"This {type(self).__name__} was built with causal=True and never looks ahead; a chunk needs causal=False.")
         if not self.can_be_chunked:
             raise EsslError(f"{type(self).__name__} has no form with a bounded look-ahead: {self.why_not_chunked or self.why_not_causal}.")
+        if self.causal:
+            raise EsslError(f"This {type(self).__name__} was built with causal=True and never looks ahead; a chunk needs causal=False.")
         self.chunk_frames = frames
 
     def init_state(self,

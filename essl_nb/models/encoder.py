@@ -9,11 +9,13 @@ __all__ = ['POSITION_MODULES', 'sinusoids', 'ConvolutionalPosition', 'StackedPos
 # %% ../../nbs/models/14_encoder.ipynb #b5acc6ef
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.config import derive_seed, expect
@@ -120,16 +122,6 @@ class Encoder(Hub, nn.Module):
         initialise(self)
         self.set_chunk(c.chunk_frames)
 
-    def set_chunk(self,
-        frames: int | None, # of a chunk; None: the whole utterance
-    ):
-        "Let each frame see the past and the rest of its chunk, in all layers. No weight changes, so that one model has many latencies. Raises EsslError where a part cannot."
-        if frames is not None and self.position is not None:
-            raise EsslError(f"position={self.config.position!r} looks ahead by itself; a bounded look-ahead needs auto, sinusoidal or none.")
-        for block in self.blocks:
-            block.set_chunk(frames)
-        self.chunk_frames = self.blocks[0].mixer.chunk_frames
-
     @property
     def stride(self) -> int:
         "Raw features of the front end (mel frames, or samples) from one frame to the next."
@@ -189,33 +181,6 @@ class Encoder(Hub, nn.Module):
             layers.append(x)
         return Encoded(x if self.norm_first else zero_pads(self.norm(x), mask), lengths, layers)
 
-    def init_state(self, batch: int) -> dict: # named tensors (B,…)
-        "The state of streams before their first frame. Raises EsslError where a part cannot stream."
-        if self.position is not None:
-            raise EsslError(f"position={self.config.position!r} looks ahead; an encoder that streams has auto, sinusoidal or none.")
-        state = {f"{i}.{name}": s for i, block in enumerate(self.blocks) for name, s in block.init_state(batch).items()}
-        return state | {"position": torch.zeros(batch, dtype=torch.int64, device=self.norm.weight.device)}
-
-    def step(self,
-        x: Tensor, # (B,C,D) the next frames of the front end; where a chunk is set, those of one chunk
-        state: dict, # from `init_state` or the step before
-    ) -> tuple: # (B,C,D) and the new state
-        "The next frames of streams, in evaluation; `stream` does this for waveforms."
-        after = {"position": state["position"] + x.shape[1]}
-        if self.adds_position:
-            x = x + sinusoids(x.shape[1], x.shape[2], x.device, state["position"]).to(x.dtype)
-        x = self.norm(x) if self.norm_first else x
-        for i, block in enumerate(self.blocks):
-            x, own = block.step(x, {name.removeprefix(f"{i}."): s for name, s in state.items() if name.startswith(f"{i}.")})
-            after |= {f"{i}.{name}": s for name, s in own.items()}
-        return x if self.norm_first else self.norm(x), after
-
-    def stream(self,
-        batch: int = 1, # streams side by side, which may start and stop at different times
-    ) -> Stream:
-        "Encode sound as it comes: `accept(samples)` gives the new frames, `flush()` the last ones. Raises EsslError where a part cannot stream, with the reason."
-        return Stream(self, batch)
-
     @torch.no_grad()
     def mixer_inputs(self,
         raw: Tensor, # (B,T,F) raw features
@@ -253,6 +218,53 @@ class Encoder(Hub, nn.Module):
     def load(cls, folder):
         "What `save` wrote, as an encoder of this class; see `load_encoder`."
         return load_encoder(folder, cls=cls)
+
+# %% ../../nbs/models/14_encoder.ipynb #f0884586
+@patch
+def set_chunk(self: Encoder,
+    frames: int | None, # of a chunk; None: the whole utterance
+):
+    "Let each frame see the past and the rest of its chunk, in all layers. No weight changes, so that one model has many latencies. Raises EsslError where a part cannot."
+    if frames is not None and self.position is not None:
+        raise EsslError(f"position={self.config.position!r} looks ahead by itself; a bounded look-ahead needs auto, sinusoidal or none.")
+    for block in self.blocks:
+        block.set_chunk(frames)
+    self.chunk_frames = self.blocks[0].mixer.chunk_frames
+    if self.chunk_frames != self.config.chunk_frames:  # so that what is saved is what was set
+        self.config = replace(self.config, chunk_frames=self.chunk_frames)
+
+
+@patch
+def init_state(self: Encoder, batch: int) -> dict: # named tensors (B,…)
+    "The state of streams before their first frame. Raises EsslError where a part cannot stream."
+    if self.position is not None:
+        raise EsslError(f"position={self.config.position!r} looks ahead; an encoder that streams has auto, sinusoidal or none.")
+    state = {f"{i}.{name}": s for i, block in enumerate(self.blocks) for name, s in block.init_state(batch).items()}
+    return state | {"position": torch.zeros(batch, dtype=torch.int64, device=self.norm.weight.device)}
+
+
+@patch
+def step(self: Encoder,
+    x: Tensor, # (B,C,D) the next frames of the front end; where a chunk is set, those of one chunk
+    state: dict, # from `init_state` or the step before
+) -> tuple: # (B,C,D) and the new state
+    "The next frames of streams, in evaluation; `stream` does this for waveforms."
+    after = {"position": state["position"] + x.shape[1]}
+    if self.adds_position:
+        x = x + sinusoids(x.shape[1], x.shape[2], x.device, state["position"]).to(x.dtype)
+    x = self.norm(x) if self.norm_first else x
+    for i, block in enumerate(self.blocks):
+        x, own = block.step(x, {name.removeprefix(f"{i}."): s for name, s in state.items() if name.startswith(f"{i}.")})
+        after |= {f"{i}.{name}": s for name, s in own.items()}
+    return x if self.norm_first else self.norm(x), after
+
+
+@patch
+def stream(self: Encoder,
+    batch: int = 1, # streams side by side, which may start and stop at different times
+) -> Stream:
+    "Encode sound as it comes: `accept(samples)` gives the new frames, `flush()` the last ones. Raises EsslError where a part cannot stream, with the reason."
+    return Stream(self, batch)
 
 # %% ../../nbs/models/14_encoder.ipynb #bc25e61e
 @contextmanager

@@ -17,7 +17,7 @@ from ..core.config import content_hash, expect, to_json
 from ..core.files import atomic_write
 from ..core.precision import plain_torch
 from ..core.registry import EsslError
-from ..core.shapes import lengths_to_mask
+from ..core.shapes import lengths_to_mask, zero_pads
 from .checkpoint import weights_hash
 from .encoder import Encoder
 
@@ -38,14 +38,18 @@ class TensorEncoder(nn.Module):
 
     def __init__(self,
         encoder, # an Encoder
+        head=None, # a module over the frames, whose output is normalised to log-probabilities; None: the frames themselves
     ):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.head = encoder, head
 
     def forward(self, wav: Tensor, lengths: Tensor) -> tuple: # (B,N), (B,) samples → frames (B,T,D), frame_lengths (B,)
-        "The last layer's frames, and how many are real."
+        "The last layer's frames, or what the head makes of them, and how many are real."
         out = self.encoder(wav, lengths)
-        return out.frames, out.lengths
+        if self.head is None:
+            return out.frames, out.lengths
+        logp = self.head(out.frames).log_softmax(-1)
+        return zero_pads(logp, lengths_to_mask(out.lengths, logp.shape[1])), out.lengths
 
 # %% ../../nbs/models/19_export.ipynb #f0a27fcb
 def example(encoder, samples: int = 8000) -> tuple: # (2,N), (2,)
@@ -55,22 +59,22 @@ def example(encoder, samples: int = 8000) -> tuple: # (2,N), (2,)
     return 0.1 * torch.randn(2, N, generator=generator), torch.tensor([N, N * 5 // 8])
 
 
-def parity(path, encoder, samples: int, dynamic: bool) -> float: # largest difference over the largest value; raises EsslError where lengths or shapes differ
+def parity(path, model: TensorEncoder, samples: int, dynamic: bool) -> float: # largest difference over the largest value; raises EsslError where lengths or shapes differ
     "Run a file in onnxruntime and compare with the encoder, at another size where it takes one."
     (runtime,) = needed("onnxruntime")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    wav, lengths = example(encoder, samples * 2 + 345 if dynamic else samples)
+    wav, lengths = example(model.encoder, samples * 2 + 345 if dynamic else samples)
     if dynamic:
         wav, lengths = torch.cat([wav, wav[:1].flip(1)]), torch.cat([lengths, lengths[:1] // 3])
     frames, frame_lengths = (torch.from_numpy(a) for a in session.run(None, {"wav": wav.numpy(), "lengths": lengths.numpy()}))
     with torch.no_grad():
-        want = encoder(wav, lengths)
-    if frame_lengths.tolist() != want.lengths.tolist() or frames.shape != want.frames.shape or frames[~lengths_to_mask(want.lengths, frames.shape[1])].any():
+        want, real = model(wav, lengths)
+    if frame_lengths.tolist() != real.tolist() or frames.shape != want.shape or frames[~lengths_to_mask(real, frames.shape[1])].any():
         raise EsslError(
             f"The exported encoder gives frames {tuple(frames.shape)} of lengths {frame_lengths.tolist()}, torch "
-            f"{tuple(want.frames.shape)} of {want.lengths.tolist()}; please report the configuration."
+            f"{tuple(want.shape)} of {real.tolist()}; please report the configuration."
         )
-    return float((frames - want.frames).abs().max() / want.frames.abs().max())
+    return float((frames - want).abs().max() / want.abs().max())
 
 # %% ../../nbs/models/19_export.ipynb #a4ba0800
 def check_exportable(encoder):
@@ -96,35 +100,40 @@ def export_onnx(
     check: bool = True, # run it in onnxruntime and compare with torch before `path` is written
     samples: int = 8000, # of the example that is traced
     tolerance: float = 1e-3, # largest difference allowed, as a share of the largest value
+    head=None, # a module over the frames, such as a recogniser's; the file then gives log-probabilities
+    about: dict | None = None, # more metadata, plain values
+    overwrite: bool = False, # replace a file that is there
 ) -> dict: # the metadata; raises EsslError where a package is missing, or the outputs differ
     "Write an encoder as one ONNX file: wav (B,N) float32, lengths (B,) int64 → frames (B,T,D), frame_lengths (B,)."
     expect(encoder, Encoder, "build_encoder, load_encoder or from_transformers", "encoder")
     onnx, _ = needed("onnx", "onnxscript")
     check_exportable(encoder)
+    refuse_overwriting(path, overwrite)
     training, config, front = encoder.training, encoder.config, encoder.frontend
+    model = TensorEncoder(encoder, head).eval()
     least = 4 * front.least_samples
     clips, length = (torch.export.Dim("clips", min=1, max=2**12), torch.export.Dim("samples", min=least, max=2**26)) if dynamic else (None, None)
     shapes = {"wav": {0: clips, 1: length}, "lengths": {0: clips}} if dynamic else None
     try:
         with plain_torch(), torch.no_grad():
-            program = torch.onnx.export(TensorEncoder(encoder).eval(), example(encoder, samples), dynamo=True, verbose=False, dynamic_shapes=shapes,
-                                        input_names=["wav", "lengths"], output_names=["frames", "frame_lengths"])
+            program = torch.onnx.export(model, example(encoder, samples), dynamo=True, verbose=False, dynamic_shapes=shapes,
+                                        input_names=["wav", "lengths"], output_names=["frames" if head is None else "logp", "frame_lengths"])
         metadata = dict(essl_nb="encoder", sample_rate=front.spec.rate, samples_per_frame=front.stride * front.spec.hop,
                         mixer=config.mixer, dim=config.dim, dynamic=dynamic, least_samples=least,
-                        config=to_json(config), config_hash=content_hash(to_json(config)), weights_hash=weights_hash(encoder)[:16])
+                        config=to_json(config), config_hash=content_hash(to_json(config)), weights_hash=weights_hash(encoder)[:16]) | (about or {})
         with atomic_write(path) as part:
             onnx.save(program.model_proto, part)
             if check:
                 with plain_torch():
-                    metadata["parity"] = parity(part, encoder, samples, dynamic)
+                    metadata["parity"] = parity(part, model, samples, dynamic)
                 if not metadata["parity"] <= tolerance:
                     raise EsslError(
                         f"The exported encoder differs from torch by {metadata['parity']:.2g} of its largest value, "
                         f"and {tolerance:g} is allowed; {path} was not written."
                     )
-            model = onnx.load(part)
-            onnx.helper.set_model_props(model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
-            onnx.save(model, part)
+            written = onnx.load(part)
+            onnx.helper.set_model_props(written, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+            onnx.save(written, part)
         return metadata
     finally:
         encoder.train(training)

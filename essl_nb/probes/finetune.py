@@ -310,10 +310,7 @@ def fresh_copy(
 ):
     "The encoder to fine-tune, in float32; the given one is not changed."
     if start == "scratch":
-        fresh = untrained(encoder, seed=seed).float()
-        if getattr(encoder, "chunk_frames", None) is not None:
-            fresh.set_chunk(encoder.chunk_frames)
-        return fresh
+        return untrained(encoder, seed=seed).float()
     return copy.deepcopy(in_float32(encoder)).requires_grad_(True)
 
 

@@ -132,10 +132,7 @@ def fingerprint(
     "A hash of the weights and of what is done with them, or the baseline's name."
     if isinstance(encoder, Baseline):
         return repr(encoder)
-    config = getattr(encoder, "config", "")
-    chunk = getattr(encoder, "chunk_frames", None)
-    other = [] if chunk == getattr(config, "chunk_frames", None) else [chunk]  # set after it was built
-    return content_hash([type(encoder).__qualname__, repr(config), weights_hash(encoder), *other])
+    return content_hash([type(encoder).__qualname__, repr(getattr(encoder, "config", "")), weights_hash(encoder)])
 
 
 def open_encoder(

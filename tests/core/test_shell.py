@@ -92,7 +92,7 @@ BAD = {
     "essl_pretrain": [NAME + "x"], "essl_probe": ["no/such/folder"], "essl_cost": [NAME + "x"], "essl_curves": ["--only", NAME + "x"],
     "essl_study": ["no-such-grid.json"], "essl_submit": ["study", "no-such-grid.json"], "essl_ligru_bench": ["--frames", "many"],
     "essl_recognise": ["--seeds", "many"], "essl_finetune": ["no/such/folder"], "essl_explore": ["--corpus", "no/such/folder"],
-    "essl_shards": ["no/such/folder", "shards"],
+    "essl_shards": ["no/such/folder", "shards"], "essl_export": ["no/such/folder", "encoder.onnx"],
 }
 
 

@@ -79,7 +79,7 @@ def test_a_windows_stream_is_its_forward_and_its_state_is_bounded(sizes, chunk, 
     x = torch.randn(2, 100, 16, dtype=torch.float64)
     y, state = in_steps(window, x, sizes)
     same(y, window(x), "steps and forward", 1e-12)
-    assert state["k"].shape[2] == state["v"].shape[2] == (left + 1) * chunk - 1 and state["position"] == 100
+    assert state["k"].shape[2] == state["v"].shape[2] == (left + 1) * chunk - 1 and bool((state["position"] == 100).all())
 
 
 def test_a_step_of_many_frames_stores_nothing_quadratic():
@@ -185,7 +185,7 @@ def test_relpos_answers_wrong_arguments():
 def test_running_attention_is_the_definition(T, chunk):
     q, c = torch.randn(2, 2, 3, T, 5, dtype=torch.float64)
     a, sums = torch.rand(2, 3, T, 4, dtype=torch.float64), torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    y, u, last = running_attention(q, c, a, sums, torch.tensor(6), chunk)
+    y, u, last = running_attention(q, c, a, sums, torch.tensor([6, 6]), chunk)
     for t in range(T):
         sums = sums + c[:, :, t, :, None] * a[:, :, t, None]
         weights = (torch.einsum("bhk,bhkl->bhl", q[:, :, t], sums) / (7 + t)).softmax(-1)
@@ -199,7 +199,7 @@ def test_lunas_stream_is_its_forward(sizes):
     luna, x = Luna(16, num_heads=2, packed=4, causal=True).double(), torch.randn(2, 100, 16, dtype=torch.float64)
     y, state = in_steps(luna, x, sizes)
     same(y, luna(x), "steps and forward", 1e-12)
-    assert state["sums"].shape == (2, 2, 8, 4) and state["count"] == 100
+    assert state["sums"].shape == (2, 2, 8, 4) and state["count"].tolist() == [100, 100]
 
 
 def test_lunas_long_streams_keep_their_precision():
