@@ -148,6 +148,7 @@ class Wav2Vec2(Objective):
         temperature_end: float = 0.5, # and at last
         temperature_decay: float | None = None, # factor at each step, 0.999995 in the paper; None: the end is reached after 0.69 of the steps, as there
         diversity_weight: float = 0.1, # of the diversity loss
+        frozen_frontend: bool = False, # leave the front end as it was built, so that codes are of features that stay
         penalty_weight: float | None = None, # of the feature penalty; None: 10 before a front end's `last_norm`, as wav2vec 2.0's has one, else 0
     ):
         super().__init__(dim, stride=stride, n_mels=n_mels, first=first)
@@ -157,7 +158,7 @@ class Wav2Vec2(Objective):
             raise EsslError(f"temperature_decay is a factor at each step, above 0 and at most 1; got {temperature_decay}.")
         self.negatives, self.similarity_temperature = negatives, similarity_temperature
         self.temperature_start, self.temperature_end, self.temperature_decay = temperature_start, temperature_end, temperature_decay
-        self.diversity_weight, self.penalty_weight = diversity_weight, penalty_weight
+        self.diversity_weight, self.penalty_weight, self.frozen_frontend = diversity_weight, penalty_weight, frozen_frontend
         self.quantiser = GumbelQuantiser(dim, groups=groups, entries=entries, dim=code_dim)
         self.project_codes, self.project_frames = nn.Linear(code_dim, code_dim), nn.Linear(dim, code_dim)
         self.temperature, self.chance = temperature_start, 1 / (1 + negatives)
@@ -171,7 +172,9 @@ class Wav2Vec2(Objective):
         codebook.copy_(torch.rand(codebook.shape, generator=generator))
 
     def begin(self, encoder):
-        "Choose the weight of the feature penalty by the front end, where none was given."
+        "Choose the weight of the feature penalty by the front end, where none was given; freeze the front end where that was asked for."
+        if self.frozen_frontend:
+            encoder.frontend.requires_grad_(False)
         if self.penalty_weight is None:
             self.penalty_weight = 10.0 if hasattr(encoder.frontend, "last_norm") else 0.0
 

@@ -162,7 +162,7 @@ def test_bad_input_is_refused_and_nothing_is_lost():
     ]:
         with pytest.raises(EsslError, match=why):
             stream.accept(bad)
-    with pytest.raises(EsslError, match="44100 samples per second, the encoder hears 16000"):
+    with pytest.raises(EsslError, match="44100 samples per second, the encoder takes 16000"):
         stream.accept(SOUND[0], rate=44100)
     assert stream.accept(torch.zeros(0)).frames.shape == (1, 0, 16)
     out += [stream.accept(SOUND[0, 4000:], rate=16000).frames[0], stream.flush().frames[0]]
@@ -217,7 +217,7 @@ def test_the_state_is_what_it_is_said_to_be():
         model = encoder(mixer, **CAUSAL)
         stream = model.stream()
         stream.accept(torch.zeros(16000 * 2))
-        frames = stream.ears[0].frames
+        frames = stream.fronts[0].frames
         want = sum(block.state_bytes(frames) for block in model.blocks)
         assert stream.states.bytes() == want + 8, mixer  # the encoder's own position
         assert (stream_facts(model)["state_bytes_per_second"] > 0) == (mixers.get(mixer).meta["complexity"] == "T^2")

@@ -159,3 +159,15 @@ def test_penalty_by_front_end(frontend, weight):
 def test_wav2vec2_refuses(wrong):
     with pytest.raises(EsslError):
         build_objective("wav2vec2", 8, **wrong)
+
+
+def test_a_frozen_front_end_stays_what_it_was_while_codes_and_encoder_learn():
+    encoder = build_encoder(EncoderConfig(baseline_mixer(), dim=16, depth=1), seed=0)
+    task = build_objective("wav2vec2", 16, groups=GROUPS, entries=ENTRIES, code_dim=CODE_DIM, negatives=4, frozen_frontend=True)
+    task.begin(encoder)
+    raw, mask = torch.randn(2, 80, 80, generator=seeded()), torch.ones(2, 40, dtype=torch.bool)
+    span = torch.rand(2, 40, generator=seeded(1)) < 0.5
+    targets = task.online_targets(encoder, raw, None, mask)
+    task(encoder.from_features(raw, span=span, generator=seeded()).frames, targets, span, mask, generator=seeded()).total.backward()
+    assert all(p.grad is None for p in encoder.frontend.parameters())
+    assert task.quantiser.score.weight.grad.norm() > 0 and all(p.grad is not None for p in encoder.blocks.parameters())
