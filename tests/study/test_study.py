@@ -90,7 +90,7 @@ def wait_until(there, seconds=900):
 def two_studies(clips, tmp_path_factory):
     "The same study twice: left alone, and killed in the middle of its second pre-training with a torn line on top."
     here = tmp_path_factory.mktemp("studies")
-    values = tiny_grid(clips, pretrain={"steps": 320, "batch_seconds": 8}, probes=[{"name": "phones", "kw": {"steps": 20}, "untrained": False, "encoders": [SECOND]}])
+    values = tiny_grid(clips, pretrain={"steps": 320, "batch_seconds": 4}, probes=[{"name": "phones", "kw": {"steps": 20}, "untrained": False, "encoders": [SECOND]}])
     (here / "grid.json").write_text(json.dumps(values))
     calm, cut = here / "calm", here / "cut"
     assert start(here / "grid.json", calm).wait() == 0, said(calm)
