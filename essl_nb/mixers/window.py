@@ -83,7 +83,7 @@ class Window(Attention):
         k, v = (neighbours(z, self.left, self.right).flatten(0, 1).transpose(1, 2) for z in (k, v))  # (B·N,H,S,K)
         ahead = 1 if self.causal else self.chunk_frames
         seen = seen_in_window(T, C, self.left, self.right, ahead, None if self.causal else mask, x.device)
-        seen = seen.repeat(B, 1, 1, 1) if len(seen) == N else seen  # (B·N,1,·,S)
+        seen = seen.repeat(B, 1, 1, 1) if mask is None or self.causal else seen  # (B·N,1,·,S); a comparison of sizes would fix them in an exported file
         y = attend(q.flatten(0, 1).transpose(1, 2), k, v, seen)  # (B·N,H,C,K)
         y = y.transpose(1, 2).reshape(B, N * C, D)[:, :T]
         return zero_pads(self.out(y), mask)
