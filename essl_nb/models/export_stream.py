@@ -6,7 +6,6 @@
 __all__ = ['STATES', 'Packing', 'StreamGraph', 'run_file', 'stream_parity', 'stream_metadata', 'stream_program', 'export_stream']
 
 # %% ../../nbs/models/20_export_stream.ipynb #90a19953
-import json
 import math
 
 import torch
@@ -14,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.config import content_hash, expect, to_json
-from ..core.files import atomic_write
 from ..core.precision import plain_torch
 from ..core.registry import EsslError
 from ..core.traced import flat_loops
 from ..data.audio import log_mel_within
 from .checkpoint import weights_hash
 from .encoder import Encoder
-from .export import check_exportable, needed, refuse_overwriting
+from .export import check_exportable, needed, refuse_overwriting, write_checked
 from .stream import stream_facts
 
 # %% ../../nbs/models/20_export_stream.ipynb #eeb779fe
@@ -166,7 +164,7 @@ def export_stream(
 ) -> dict: # the metadata; raises EsslError where the encoder cannot stream, a package is missing, or the outputs differ
     "Write an encoder as a streaming ONNX file: one chunk of sound and the state in, its frames and the new state out. No loops, at most three states."
     expect(encoder, Encoder, "build_encoder, load_encoder or from_transformers", "encoder")
-    onnx, _ = needed("onnx", "onnxscript")
+    needed("onnx", "onnxscript")
     check_exportable(encoder)
     refuse_overwriting(path, overwrite)
     training = encoder.training
@@ -184,16 +182,7 @@ def export_stream(
         if loops:
             raise EsslError(f"The graph of {encoder.config.mixer!r} holds {', '.join(loops)}; please report the configuration.")
         metadata = stream_metadata(encoder, graph, facts) | (about or {})
-        with atomic_write(path) as part:
-            onnx.save(program.model_proto, part)
-            if check:
-                with plain_torch():
-                    metadata["parity"] = stream_parity(part, encoder, graph, check)
-                if not metadata["parity"] <= tolerance:
-                    raise EsslError(f"The exported stream differs from torch by {metadata['parity']:.2g} of its largest value, and {tolerance:g} is allowed; {path} was not written.")
-            model = onnx.load(part)
-            onnx.helper.set_model_props(model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
-            onnx.save(model, part)
+        write_checked(program, path, metadata, (lambda part: stream_parity(part, encoder, graph, check)) if check else None, tolerance)
         return metadata
     finally:
         encoder.train(training)
