@@ -10,8 +10,8 @@ It needs Python, torch, numba, numba-cuda and the packages that they bring; neit
 corpus. What is missing can lie as wheels in a folder (--wheels DIR): they are unpacked into a temporary folder that goes
 before everything else on the path.
 
-Steps: a kernels against float64, b recurrent layers beside cuDNN, c mixers beside fused attention, d training steps. Each
-case runs in a child process, and children are used again. Every row is on disk before the next case begins. A case that
+Steps: a kernels against float64, b recurrent layers beside cuDNN, c mixers beside fused attention, d training steps,
+e encoders in use. Each case runs in a child process, and children are used again. Every row is on disk before the next case begins. A case that
 fails, hangs or poisons its GPU context ends its child, leaves a row that says so, and the rest goes on. Children
 build their cases (most of that is compiling) side by side; cases that are timed run one at a time. Where the
 budget does not suffice, the cases of least worth are dropped, and rows say which.
@@ -35,7 +35,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARES = {"a": 0.35, "b": 0.33, "c": 0.18, "d": 0.14}  # of the budget; what a step leaves goes to those after it
+SHARES = {"a": 0.3, "b": 0.28, "c": 0.15, "d": 0.12, "e": 0.15}  # of the budget; what a step leaves goes to those after it
 START, GRACE, POISONED = 120.0, 15.0, 3  # s to import and to greet; s after the budget; exit status of a child that lost its GPU
 
 
@@ -286,6 +286,16 @@ def named(case: dict, point: dict | None = None) -> str:
     return f"{case['step']} {case['kind']}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
 
 
+def without_known(cases: list, file: Path | None) -> list:
+    "What an earlier run has not found out yet: cases without the points that have a row of time or judgement in `file`."
+    if file is None:
+        return cases
+    found = [r for r in map(json.loads, file.read_text().splitlines()) if "time_s" in r or "right" in r]
+    known = lambda what: any(all(r.get(k) == v for k, v in what.items()) for r in found)
+    left = [{**c, "points": [p for p in c["points"] if not known({**identity(c), **p})]} for c in cases]
+    return [{**c, "seconds": c["seconds"] * len(c["points"]) / len(old["points"])} for c, old in zip(left, cases) if c["points"]]
+
+
 class Run:
     "Cases through children, with limits, a budget, and a row for whatever happens."
 
@@ -479,12 +489,14 @@ def summary(rows: list, asked: str) -> tuple: # lines, exit status
             cells = "  ".join(f"[{i}] {found[n]['first_over_it']:.2f}" for i, n in enumerate(names, 1) if n in found)
             lines.append(f"   {precision} {which:16} {shape:34} {first['name']} {first['time_s'] * 1e3:8.2f} ms  {cells}")
     for step, key, head in (("c", "mixer", "c  time and peak memory over fused attention's, by seconds"),
-                            ("d", "mixer", "d  training step: ms, MiB; over those of the encoder around fused attention")):
+                            ("d", "mixer", "d  training step: ms, MiB; over those of the encoder around fused attention"),
+                            ("e", "mixer", "e  encoder in use: time, for streams of a chunk; over that of the encoder around fused attention")):
         found = {}
         for r in [r for r in rows if r["step"] == step and "time_s" in r]:
-            at = f"{r['seconds']:g} s" if step == "c" else r["size"]
-            said = f"{at}: {r['ratio']:.2f}, {r['peak_ratio']:.2f}"
-            said += f" ({r['time_s'] * 1e3:.1f} ms, {r['peak_bytes'] / 2**20:.0f} MiB)"
+            at = f"{r['seconds']:g} s" if "seconds" in r else f"{r['streams']} streams" if "streams" in r else r["size"]
+            memory = [f"{r['peak_ratio']:.2f}", f"{r['peak_bytes'] / 2**20:.0f} MiB"] if "peak_ratio" in r else ["", ""]
+            said = f"{at}: " + ", ".join(filter(None, [f"{r['ratio']:.2f}", memory[0]]))
+            said += " (" + ", ".join(filter(None, [f"{r['time_s'] * 1e3:.1f} ms", memory[1]])) + ")"
             found.setdefault(r[key], []).append(said)
         if found:
             lines.append("\n" + head)
@@ -500,13 +512,14 @@ def summary(rows: list, asked: str) -> tuple: # lines, exit status
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu", "simulator"), help="where it runs (cuda)")
-    p.add_argument("--only", default="a,b,c,d", help="steps, with commas between (a,b,c,d)")
+    p.add_argument("--only", default=",".join(SHARES), help="steps, with commas between (all)")
     p.add_argument("--quick", action="store_true", help="the first cases of each step alone")
     p.add_argument("--budget", type=float, default=460, metavar="SECONDS", help="for all of it; what does not fit is dropped (460)")
     p.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="that a child may stay silent, at least (60)")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="children side by side (a quarter of the cores, at most 4)")
     p.add_argument("--wheels", type=Path, metavar="DIR", help="a folder of wheels with what this Python lacks")
     p.add_argument("--out", type=Path, metavar="FILE", help="rows are appended here (results/gpu/<card>/rows.jsonl)")
+    p.add_argument("--known", type=Path, metavar="FILE", help="rows of an earlier run; points that were timed or judged there are left out")
     p.add_argument("--list", action="store_true", help="print the cases and do nothing else")
     p.add_argument("--compile", action="store_true", help="measure compiling for sm_90, without a GPU")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -516,6 +529,8 @@ def arguments() -> argparse.Namespace:
         p.error(f"--only {unknown[0]!r} was given; steps are {', '.join(SHARES)}.")
     if not (a.budget > 0 and a.limit > 0 and a.workers >= 0):
         p.error("--budget and --limit are seconds above 0, --workers a number of processes.")
+    if a.known and not a.known.is_file():
+        p.error(f"--known {a.known} is no file of rows.")
     if a.wheels and not a.wheels.is_dir():
         p.error(f"--wheels {a.wheels} is no folder.")
     a.only = [s for s in SHARES if s in a.only]
@@ -548,7 +563,7 @@ def conduct(a: argparse.Namespace, scratch: Path) -> int:
             try:
                 place = run.ask(worker, START, "hello")["hello"]
                 worker.send(list={"only": a.only, "quick": a.quick})
-                cases = run.ask(worker, START, "cases")["cases"]
+                cases = without_known(run.ask(worker, START, "cases")["cases"], a.known)
             except RuntimeError as e:
                 said = (scratch / "log").read_text(errors="replace").strip().splitlines()
                 print(f"gpu.py: nothing can be run on {a.device}: {e}. " + (said[-1] if said else ""), file=sys.stderr)
