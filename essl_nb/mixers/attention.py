@@ -14,7 +14,7 @@ from ..core.registry import EsslError
 from ..core.shapes import zero_pads
 from .base import Map, Mixer, mixers
 from ..ops.chunks import seen_keys
-from ..ops.temporal import attend_to_chunk_ends
+from ..ops.temporal import attend_to_chunk_ends, attend_to_new_length
 
 # %% ../../nbs/mixers/04_attention.ipynb #fcef0a1e
 def rotate(
@@ -91,7 +91,7 @@ class Attention(Mixer):
         q, k, v = self.heads(x, state["position"])
         k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
         seen = torch.ones(C, past + C, dtype=torch.bool, device=x.device).tril(past) if C > 1 and self.causal else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        y = attend_to_new_length(q, k, v, seen)
         return self.join(y), {"k": k, "v": v, "position": state["position"] + C}
 
     def maps(self, x: Tensor, mask: Tensor | None = None) -> dict: # "weights": Map (B,H,T,T)
