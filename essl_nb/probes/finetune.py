@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EPOCHS', 'time_masks', 'augment', 'time_mask', 'greedy', 'Recogniser', 'frames_needed', 'ctc_weights', 'ctc',
            'Evaluation', 'Diverged', 'listen', 'out_frames', 'Recipe', 'rate', 'seeded', 'masked_batch', 'step_of',
-           'fit', 'fresh_copy', 'learnable', 'finetune']
+           'fit', 'fresh_copy', 'learnable', 'chunk_words', 'finetune']
 
 # %% ../../nbs/probes/08_finetune.ipynb #49357b9f
 import copy
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,10 @@ from ..core.intervals import ratio
 from ..core.precision import autocast
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, pad_sequences
+from ..models.encoder import check_chunks, draw_chunk
 from .frames import device_of, duration_batches, in_float32, raw_rate, reads_mel
 from .phones import few_labels, in_split, phone_classes, phone_part, spoken
-from .probe import probes, untrained
+from .probe import Score, probes, untrained
 
 # %% ../../nbs/probes/08_finetune.ipynb #02264ca9
 def time_masks(
@@ -213,6 +214,7 @@ class Recipe:
     seed: int = 0
     bf16: bool = True
     points: int = 8 # of the learning curve
+    chunks: tuple = () # look-aheads to train for, frames of a chunk or None: each step draws one, the curve is of the first; empty: the encoder's own
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
@@ -285,6 +287,7 @@ def fit(
         model.train()
         total = 0.0
         for batch in batches:
+            draw_chunk(getattr(model, "encoder", None), recipe.chunks, recipe.seed, step)
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr * rate(step, steps, recipe.warmup)
             given = masked_batch(model, [raws[i] for i in batch], fill, [seeded("masks", recipe.seed, epoch, i) for i in batch])
@@ -295,6 +298,8 @@ def fit(
             step, total = step + 1, total + loss.item()
             bar.update()
         if epoch + 1 in looks:
+            if recipe.chunks:
+                model.encoder.set_chunk(recipe.chunks[0])
             now = listen(model, *valid, batch_seconds=recipe.batch_seconds, bf16=recipe.bf16)
             curve.append(dict(epoch=epoch + 1, train_loss=round(total / max(1, len(batches)), 4), valid_loss=round(now.loss, 4),
                 valid_per=round(now.per, 4), blank=round(now.blank, 4)) | (watch(model) if watch else {}))
@@ -333,10 +338,18 @@ def learnable(
             f"of {job.source.frame_seconds * 1000:g} ms: {', '.join(bad[:5])}{' …' * (len(bad) > 5)}.", stacklevel=2)
     return good, bad
 
-# %% ../../nbs/probes/08_finetune.ipynb #aa1f200a
+# %% ../../nbs/probes/08_finetune.ipynb #bd8fe8e1
 EPOCHS = {"all": 8, "10%": 30}
 
 
+def chunk_words(
+    chunk: int | None, # frames of a chunk, or None
+    frame_seconds: float, # s
+) -> str: # as in a table
+    "A look-ahead in words."
+    return "whole utterance" if chunk is None else f"chunks of {1000 * chunk * frame_seconds:g} ms"
+
+# %% ../../nbs/probes/08_finetune.ipynb #aa1f200a
 @probes.register("finetune", needs="phones", labels=("all", "10%"), heads=("ctc",), metric="per", better="lower", baselines=False)
 def finetune(
     job, # what to probe
@@ -347,8 +360,9 @@ def finetune(
     tune_epochs: int | None = None, # of a short run; a third of epochs by default
     batch_seconds: float = 60.0, # seconds of padded audio in a batch
     part: str | None = None, # of the corpus; the one with the most phone labels by default
+    chunks: tuple = (), # look-aheads to train for and to score, frames of a chunk or None for the whole utterance; empty: the encoder's own
 ):
-    "Phone error rate after training the whole encoder with CTC; greedy decoding."
+    "Phone error rate after training the whole encoder with CTC; greedy decoding. With several look-aheads one recogniser serves all of them, and each has its score."
     if start not in ("pretrained", "scratch"):
         raise EsslError(f"start is {start!r}; allowed: 'pretrained', 'scratch'.")
     lrs = tuple(lrs) if isinstance(lrs, (list, tuple)) else (lrs,)
@@ -361,6 +375,8 @@ def finetune(
             f"epochs={epochs}, tune_epochs={tune_epochs}, batch_seconds={batch_seconds}, lr={lr}, lrs={lrs}: at "
             "least one epoch, and numbers above 0."
         )
+    if chunks := tuple(chunks):
+        check_chunks(chunks, job.source.encoder.config.causal)
     known = phone_part(job.corpus, part)
     classes = [c for c in phone_classes(known) if c != "pau"]
     train, left_out = learnable(job, few_labels(in_split(known, "train"), job.labels), classes)
@@ -373,7 +389,7 @@ def finetune(
 
     def run(rate: float, epochs: int):
         "A recogniser trained at this rate, and its curve."
-        recipe = Recipe(epochs, rate, batch_seconds, seed=job.seed, bf16=bf16)
+        recipe = Recipe(epochs, rate, batch_seconds, seed=job.seed, bf16=bf16, chunks=chunks)
         model = Recogniser(fresh_copy(job.source.encoder, start, job.seed), len(classes), seeded("head", job.seed)).to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): # dropout draws from torch's own state
             torch.manual_seed(derive_seed("finetune dropout", job.seed))
@@ -395,8 +411,18 @@ def finetune(
         )
     lr = min(alive, key=lambda r: (alive[r]["valid_per"], alive[r]["valid_loss"])) if alive else (lrs[0] if lrs else lr or 1e-3)
     model, curve = run(lr, epochs)
-    result = listen(model, *read(score), batch_seconds=batch_seconds, bf16=bf16)
-    return job.score("per", result.units, [u.id for u in score], sum(n for _, n in result.units), start=start, lr=lr,
-        lrs_tried={f"{r:g}": look for r, look in tried.items()}, epochs=epochs, batch_seconds=batch_seconds, curve=curve,
-        blank_share=round(result.blank, 4), collapsed=result.collapsed, classes=len(classes), train_utterances=len(train), part=score[0].part,
-        **(dict(left_out=left_out) if left_out else {}))
+    shared = dict(start=start, lr=lr, lrs_tried={f"{r:g}": look for r, look in tried.items()}, epochs=epochs, batch_seconds=batch_seconds, curve=curve,
+        classes=len(classes), train_utterances=len(train), part=score[0].part, **(dict(left_out=left_out) if left_out else {}))
+
+    def scored(chunk=None) -> Score:
+        "The error rate at one look-ahead."
+        view = {}
+        if chunks:
+            model.encoder.set_chunk(chunk)
+            view = dict(view=chunk_words(chunk, job.source.frame_seconds), chunk_frames=chunk)
+        result = listen(model, *read(score), batch_seconds=batch_seconds, bf16=bf16)
+        return job.score("per", result.units, [u.id for u in score], sum(n for _, n in result.units), blank_share=round(result.blank, 4), collapsed=result.collapsed, **shared, **view)
+
+    first, *others = [scored(c) for c in chunks or (None,)]
+    return replace(first, also=tuple(others))
+

@@ -94,7 +94,8 @@ def frame_rows(row: dict) -> list: # of dicts, one for each score in the row, el
     common["machine"] = machine_name(made.get("machine"))
     common["state"] = common["state"] or ("pretrained" if row["kind"] == "run" else None)
     if row["kind"] == "score":
-        return [{**common, "probe": what["probe"], **score_fields(s)} for s in (row["value"], *row["value"].get("also", ()))]
+        name = lambda s: ", ".join(filter(None, [what["probe"], s.get("settings", {}).get("view")]))
+        return [{**common, "probe": name(s), **score_fields(s)} for s in (row["value"], *row["value"].get("also", ()))]
     card = {k: v for k, v in flattened({k: v for k, v in row["value"].items() if k not in ("config", "against", "versions")}).items() if k not in common}
     if row["kind"] == "run":
         step = made.get("seconds_per_step")
