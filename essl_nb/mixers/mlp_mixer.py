@@ -37,10 +37,10 @@ class MLPMixer(Mixer):
     def in_chunks(self, x: Tensor) -> Tensor: # (B,T,D) → (B,T,D)
         "Cut into chunks, transpose, mix, transpose back."
         B, T, D = x.shape
-        x = F.pad(x, (0, 0, 0, -T % self.crop))
-        chunks = x.reshape(-1, self.crop, D).transpose(1, 2)  # (chunks,D,S)
-        y = self.outer(F.gelu(self.inner(chunks))).transpose(1, 2)  # (chunks,S,D)
-        return y.reshape(B, -1, D)[:, :T]
+        count = (T + self.crop - 1) // self.crop
+        chunks = F.pad(x, (0, 0, 0, count * self.crop - T)).view(B, count, self.crop, D).transpose(2, 3)  # (B,chunks,D,S)
+        y = self.outer(F.gelu(self.inner(chunks))).transpose(2, 3)  # (B,chunks,S,D)
+        return y.flatten(1, 2)[:, :T]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"

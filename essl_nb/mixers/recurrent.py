@@ -6,6 +6,8 @@
 __all__ = ['lstm_flops', 'check_direction_dropout', 'drop_direction', 'Recurrent', 'GRU', 'LSTM']
 
 # %% ../../nbs/mixers/19_recurrent.ipynb #87b5cab8
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,7 +78,7 @@ class Recurrent(Mixer):
         "Call a cell; override it for one that needs the mask, or another type than that of its parameters."
         if x.device.type == "meta" and isinstance(cell, nn.RNNBase):
             return self.shapes(cell, x)
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if torch.compiler.is_exporting() else torch.autocast(x.device.type, enabled=False):  # exported in float32, and programs cannot hold it
             p = next(cell.parameters(), None)  # cells of eight bits have none, and read float32
             x = x.to(torch.float32 if p is None else p.dtype)
             return self.functional(cell, x, state) if isinstance(cell, nn.RNNBase) and torch.compiler.is_compiling() else cell(x, state)

@@ -86,7 +86,7 @@ def test_a_file_for_other_runtimes_gives_the_same(name, causal, tmp_path):
     if causal and not mixers.get(name).obj.can_be_causal:
         pytest.skip("it looks ahead")
     said = export_onnx(tiny(name, causal=causal), tmp_path / "encoder.onnx")
-    assert said["dynamic"] and said["parity"] < 1e-3 and said["mixer"] == name and (tmp_path / "encoder.onnx").stat().st_size > 0
+    assert said["dynamic"] and said["parity"] < 1e-4 and said["mixer"] == name and (tmp_path / "encoder.onnx").stat().st_size > 0
 
 
 def test_what_exporting_needs_is_named(tmp_path, monkeypatch):
