@@ -143,7 +143,7 @@ def export_onnx(
             program = torch.onnx.export(model, example(encoder, samples), dynamo=True, verbose=False, dynamic_shapes=shapes,
                                         input_names=["wav", "lengths"], output_names=["frames" if head is None else "logp", "frame_lengths"])
         metadata = dict(essl_nb="encoder", sample_rate=front.spec.rate, samples_per_frame=front.stride * front.spec.hop,
-                        mixer=config.mixer, dim=config.dim, dynamic=dynamic, least_samples=least,
+                        mixer=config.mixer, dim=config.dim, precision="float32", dynamic=dynamic, least_samples=least,
                         config=to_json(config), config_hash=content_hash(to_json(config)), weights_hash=weights_hash(encoder)[:16]) | (about or {})
         write_checked(program, path, metadata, (lambda part: parity(part, model, samples, dynamic)) if check else None, tolerance)
         return metadata

@@ -179,7 +179,7 @@ def outputs_of(
     (runtime,) = needed("onnxruntime")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     noise = lambda *shape: 0.1 * np.random.default_rng(0).standard_normal(shape).astype("float32")
-    if about["essl_nb"] != "stream":
+    if "frames_per_call" not in about:
         N = max(16000, 4 * int(about["least_samples"]))
         clips = 3 if about["dynamic"] in ("true", "True") else 2
         shape = (clips, N if clips == 3 else session.get_inputs()[0].shape[1])
