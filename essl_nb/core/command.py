@@ -236,7 +236,7 @@ class Command:
 essl_explore = Command("app.explorer:essl_explore")
 essl_pretrain = Command("train.launch:essl_pretrain", maybe=("mixer",), settings="train.config:PretrainConfig")
 essl_probe = Command("probes.command:essl_probe")
-essl_cost = Command("costs.cards:essl_cost")
+essl_cost = Command("costs.command:essl_cost")
 essl_curves = Command("costs.curves:essl_curves")
 essl_study = Command("study.study:essl_study", maybe=("grid",))
 essl_submit = Command("study.cluster:essl_submit", maybe=("what", "given"), settings="train.config:PretrainConfig")

@@ -6,11 +6,10 @@
 __all__ = ['DURATIONS', 'CODES', 'baseline_of', 'noise', 'deployment_call', 'training_call', 'load_code', 'peak_meter',
            'measure_deployment', 'measure_training', 'digits', 'triple', 'against_baseline', 'prepare', 'card_head',
            'size_on_disk', 'state_bytes', 'within_reach', 'deployment_cost', 'headline', 'slopes', 'training_cost',
-           'card_text', 'essl_cost', 'cost_config']
+           'card_text']
 
 # %% ../../nbs/costs/04_cards.ipynb #915bd1c2
 import dataclasses
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 from ..core.config import expect, from_json, to_json
-from ..core.files import write_json
 from ..core.fresh import run_fresh
 from ..core.machine import check_seconds, check_threads, library_versions, machine_record
 from ..core.memory import forked_peak
@@ -337,42 +335,3 @@ def card_text(card: dict) -> str: # lines for a terminal
     for p in card["points"]:
         lines.append(f"{p['seconds']:8g} {show(p, 'latency_s', 1e-3):>28} {p['rtf']:10.5f} {show(p, 'latency_s_ratio'):>24} {p['peak_bytes'] / 2**20:9.1f} {p['peak_bytes_ratio']:6.2f} {p['macs_ratio']:9.3f}")
     return "\n".join(lines)
-
-# %% ../../nbs/costs/04_cards.ipynb #5c523e11
-def essl_cost(
-    mixer: str, # a registered mixer, or a folder that encoder.save wrote
-    dim: int = 192, # width of the frames
-    depth: int = 4, # blocks
-    causal: bool = False, # frames see only what has been
-    what: str = "both", # training, deployment or both
-    seconds: str = "1,5,10,20,40,80", # durations for deployment, s, with commas
-    threads: int = 1, # compute threads
-    repeats: int = 7, # rounds at each point, at least
-    device: str = "cpu", # cpu or cuda
-    out: str = "cost.json", # the cards are written here
-    quick: bool = False, # two durations, two rounds
-):
-    "Measure what an encoder costs on this machine, interleaved with the attention baseline: ms, MiB, audio seconds per second."
-    if what not in ("training", "deployment", "both"):
-        raise EsslError(f"what={what!r} was given; it can be training, deployment or both.")
-    config = cost_config(mixer, dim, depth, causal)
-    cards, how = [], dict(threads=threads, repeats=repeats, quick=quick, device=device)
-    if what != "deployment":
-        cards.append(training_cost(config, **how))
-        print(card_text(cards[-1]), flush=True)
-    if what != "training":
-        cards.append(deployment_cost(config, seconds=seconds.split(","), **how))
-        print(card_text(cards[-1]), flush=True)
-    write_json(out, cards)
-    print(f"wrote {out}")
-
-
-def cost_config(mixer: str, dim: int, depth: int, causal: bool) -> EncoderConfig:
-    "The configuration of a saved encoder, or of a fresh one. Raises EsslError."
-    saved = Path(mixer) / "config.json"
-    if saved.is_file():
-        try:
-            return from_json(EncoderConfig, json.loads(saved.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as e:
-            raise EsslError(f"{saved} is not JSON ({e}); copy or make the checkpoint again.") from e
-    return EncoderConfig(mixer, dim=dim, depth=depth, causal=causal)

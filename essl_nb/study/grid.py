@@ -22,6 +22,7 @@ from ..core.config import check_options, check_types, complain, content_hash, fi
 from ..core.readers import read_values
 from ..core.registry import EsslError, nearest
 from ..costs.cards import deployment_cost, training_cost
+from ..costs.streaming_card import streaming_cost
 from ..mixers.base import baseline_mixer, mixers
 from ..models.config import EncoderConfig
 from ..models.encoder import build_encoder
@@ -70,7 +71,7 @@ class ProbePoint(Typed):
 @dataclass(frozen=True)
 class CostPoint(Typed):
     "One cost card of every encoder."
-    card: Literal["training", "deployment"]  # cost of training, or of deployment
+    card: Literal["training", "deployment", "streaming"]  # cost of training, of whole utterances, or of live sound
     kw: dict = field(default_factory=dict)  # its settings
     encoders: tuple[str, ...] | None = None  # the encoders to measure; null: all
 
@@ -90,7 +91,7 @@ class Grid(Typed):
     costs: tuple[CostPoint, ...] = ()  # what is measured of each encoder
 
 
-CARDS = {"training": training_cost, "deployment": deployment_cost}
+CARDS = {"training": training_cost, "deployment": deployment_cost, "streaming": streaming_cost}
 OWNED = ("encoder", "objective", "objective_kw", "corpus", "seed")  # training settings that the grid sets itself
 
 # %% ../../nbs/study/01_grid.ipynb #b61547cf

@@ -11,7 +11,7 @@ from essl_nb.core.count import count_macs
 from essl_nb.core.memory import forked_peak
 from essl_nb.core.precision import choose_precision
 from essl_nb.core.registry import EsslError
-from essl_nb.costs import cards, measure
+from essl_nb.costs import cards, command, measure
 from essl_nb.costs.macs import encoder_macs, parameter_count, training_macs
 from essl_nb.mixers.base import FAMILIES, Mixer, list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
@@ -126,7 +126,7 @@ def test_the_deployment_card_of_a_guest(guest):
 
 def test_the_command_writes_a_training_card(tmp_path, capsys):
     out = tmp_path / "card.json"
-    cards.essl_cost(BASE, dim=32, depth=1, what="training", quick=True, out=str(out))
+    command.essl_cost(BASE, dim=32, depth=1, what="training", quick=True, out=str(out))
     (card,) = json.loads(out.read_text())
     assert card["card"] == "training" and card["macs_ratio"] == card["parameters_ratio"] == 1
     assert card["protocol"]["audio_seconds"] == 2 and card["precision"] == choose_precision().name
@@ -138,17 +138,17 @@ def test_the_command_writes_a_training_card(tmp_path, capsys):
 def test_the_command_reads_a_saved_encoder(tmp_path):
     config = tiny(BASE)
     build_encoder(config, seed=0).save(tmp_path)
-    assert cards.cost_config(str(tmp_path), dim=999, depth=9, causal=True) == config
+    assert command.cost_config(str(tmp_path), dim=999, depth=9, causal=True) == config
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(EsslError, match="is not JSON"):
-        cards.cost_config(str(tmp_path), 1, 1, False)
+        command.cost_config(str(tmp_path), 1, 1, False)
 
 
 def test_the_command_answers_in_one_sentence(tmp_path):
-    for kw, part in [(dict(mixer="no-such"), "There is no mixer called"), (dict(mixer=BASE, what="all"), "training, deployment or both"),
+    for kw, part in [(dict(mixer="no-such"), "There is no mixer called"), (dict(mixer=BASE, what="everything"), "both, training, deployment"),
                      (dict(mixer=BASE, threads=0), "whole number from 1"), (dict(mixer=BASE, what="deployment", seconds="1,two"), "durations")]:
         with pytest.raises(EsslError, match=part):
-            cards.essl_cost(**kw, out=str(tmp_path / "x.json"))
+            command.essl_cost(**kw, out=str(tmp_path / "x.json"))
     assert not list(tmp_path.iterdir())
 
 
