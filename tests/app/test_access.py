@@ -227,7 +227,7 @@ def test_what_nobody_reads_is_swept(tmp_path):
     assert not list(tmp_path.rglob("*.wav")) and uploads.bytes_held() == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL], ids=lambda s: getattr(s, "name", None))
 def test_no_upload_outlives_the_process_for_long(made, tmp_path, how):
     "Ctrl-C and SIGTERM take the folder along; after a kill the next start does."
     process, address = start(tmp_path, *made)
