@@ -6,7 +6,8 @@
 __all__ = ['WEIGHTS', 'STEP_VECTORS', 'STEP_ROWS', 'LANES', 'COLUMNS', 'PAIR_SUM', 'NIL_BITS', 'INF_BITS', 'write_step',
            'round_weights', 'aligned', 'pack_few_bits', 'load_weights', 'pair_sum_name', 'two_arguments', 'add_product',
            'few_bits_kernel', 'run_few_bits', 'round_rows', 'multiply_few_bits', 'StepWeights', 'step_formula',
-           'layer_norm_rows', 'step_frames', 'check_chunk', 'PackedStep', 'pack_direction', 'running']
+           'float_pointer', 'layer_norm_rows', 'step_frames', 'check_chunk', 'check_weights', 'PackedStep',
+           'plain_norm', 'pack_direction', 'StepLiGRU', 'pack_step']
 
 # %% ../../../nbs/ligru/cpu/05_step.ipynb #114bf993
 import platform
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor, nn
 
@@ -230,6 +231,7 @@ class StepWeights(NamedTuple):
     offset: np.ndarray # (2H,) all biases
     layered: np.ndarray # (2,) int64: is there a layer norm of W x, of U h?
     eps: np.ndarray # (2,) float32, of both
+    width: np.ndarray # (1,) int64, D
     activation: np.ndarray # (1,) int64, index into ACTIVATIONS
 
 
@@ -246,6 +248,14 @@ def step_formula(activation: str):
 
 
 write_step = elementwise([step_formula(activation) for activation in ACTIVATIONS], results=2)
+
+
+@intrinsic
+def float_pointer(context, address):
+    "An address as a pointer to float32."
+    def generate(context, b, signature, args):
+        return b.inttoptr(args[0], context.get_value_type(signature.return_type))
+    return types.CPointer(types.float32)(types.intp), generate
 
 
 @compiled
@@ -265,12 +275,13 @@ def layer_norm_rows(x, n, gain, eps):
 
 
 @compiled
-def step_frames(x, h, y, weights):
-    # x (B·C,D), h (B,H) → y (B,C,H), and h is the state after the last frame
-    B, C, H = y.shape
-    wx = np.empty((B * C, weights.scales.shape[1]), np.float32)
-    p = np.empty((B, weights.scales.shape[1]), np.float32)
-    multiply_few_bits(wx, x, weights.w, weights.scales[0], 0)
+def step_frames(x, before, y, after, B, C, weights):
+    # addresses of x (B,C,D), the states before (B,H) → y (B,C,H), the states after (B,H)
+    H, columns = weights.gains.shape[1] // 2, weights.scales.shape[1]
+    wx, p = np.empty((B * C, columns), np.float32), np.empty((B, columns), np.float32)
+    frames, h = carray(float_pointer(x), (B * C, weights.width[0])), carray(float_pointer(after), (B, H))
+    h[:] = carray(float_pointer(before), (B, H))
+    multiply_few_bits(wx, frames, weights.w, weights.scales[0], 0)
     if weights.layered[0]:
         layer_norm_rows(wx, 2 * H, weights.gains[0], weights.eps[0])
     offset = data_address(weights.offset)
@@ -280,21 +291,36 @@ def step_frames(x, h, y, weights):
             layer_norm_rows(p, 2 * H, weights.gains[1], weights.eps[1])
         for b in range(B):
             u, w = element_address(p, b, 0), element_address(wx, b * C + c, 0)
-            state, to = element_address(h, b, 0), data_address(y) + 4 * H * (b * C + c)
+            state, to = element_address(h, b, 0), y + 4 * H * (b * C + c)
             pairs = (u, u + 4 * H, w, w + 4 * H, offset, offset + 4 * H)
             write_step(weights.activation[0], H, pairs + (state, to, state), h)
 
 # %% ../../../nbs/ligru/cpu/05_step.ipynb #ab0ea9ae
 def check_chunk(x, h, D: int, H: int) -> None: # raises EsslError
     "Refuse what a step cannot take."
-    good = isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == D
-    if not good or x.dtype != torch.float32 or x.device.type != "cpu":
-        given = f"{tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise EsslError(f"A step was given {given}; it takes float32 frames (B,C,D) on cpu with D={D}. "
+    for name, t, shape in (("frames", x, "(B,C,D)"), ("a state", h, "(B,H)")):
+        if not isinstance(t, Tensor) or t.dtype != torch.float32 or t.device.type != "cpu":
+            given = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+            raise EsslError(f"A step was given {name} of {given}; it takes float32 tensors {shape} on cpu. "
+                            "Convert by .float() and .cpu().")
+    if x.ndim != 3 or x.shape[2] != D:
+        raise EsslError(f"A step was given frames {tuple(x.shape)}; it takes (B,C,D) with D={D}. "
                         "One stream's frames (C,D) become a batch by x[None].")
-    if not isinstance(h, Tensor) or h.shape != (len(x), H) or h.dtype != torch.float32 or h.device.type != "cpu":
-        given = f"{tuple(h.shape)} of {h.dtype} on {h.device}" if isinstance(h, Tensor) else type(h).__name__
-        raise EsslError(f"A step was given the state {given}; it is (B,H) = ({len(x)}, {H}) of float32 on cpu.")
+    if h.shape != (x.shape[0], H):
+        raise EsslError(f"A step of {x.shape[0]} streams was given a state {tuple(h.shape)}; it is (B,H) = ({len(x)}, {H}).")
+
+
+def check_weights(w: Tensor, u: Tensor, weights: str) -> None: # raises EsslError
+    "Refuse what cannot be packed."
+    if weights not in WEIGHTS:
+        raise EsslError(f"weights={weights!r} was given; allowed: {', '.join(map(repr, WEIGHTS))}.")
+    for name, m in dict(w=w, u=u).items():
+        if m.dtype != torch.float32 or m.device.type != "cpu" or not m.isfinite().all():
+            raise EsslError(f"{name} {tuple(m.shape)} of {m.dtype} on {m.device} was given; a step is packed from finite "
+                            "float32 weights on cpu. Convert the layer by .float() and .cpu().")
+    why = jit_refusal()
+    if why is not None:
+        raise EsslError(f"A packed step cannot be compiled: {why}. Use the layer's own step.")
 
 
 class PackedStep:
@@ -310,16 +336,8 @@ class PackedStep:
         eps: tuple = (1e-5, 1e-5), # of both
         activation: str = "relu", # one of ACTIVATIONS
     ):
-        why = jit_refusal()
-        if why is not None:
-            raise EsslError(f"A packed step cannot be compiled: {why}. Use the layer's own step.")
-        if weights not in WEIGHTS:
-            raise EsslError(f"weights={weights!r} was given; allowed: {', '.join(map(repr, WEIGHTS))}.")
-        w, u = (m.detach() for m in (w, u))
-        for name, m in dict(w=w, u=u).items():
-            if m.dtype != torch.float32 or m.device.type != "cpu" or not m.isfinite().all():
-                raise EsslError(f"{name} {tuple(m.shape)} of {m.dtype} on {m.device} was given; packed steps are made of "
-                                "finite float32 weights on cpu. Convert the layer by .float() and .cpu().")
+        w, u = w.detach(), u.detach()
+        check_weights(w, u, weights)
         self.weights, self.width, (wide, self.hidden) = weights, w.shape[1], u.shape
         rounded = [round_weights(m, weights) for m in (w, u)]
         panels = [pack_few_bits(values) for values, _ in rounded]
@@ -329,7 +347,7 @@ class PackedStep:
         self.arrays = StepWeights(
             *panels, scales.numpy(), torch.stack([filled(g, 1) for g in gains]).numpy(), filled(offset, 0).numpy(),
             np.array([g is not None for g in gains], np.int64), np.array(eps, np.float32),
-            np.array([list(ACTIVATIONS).index(activation)]))
+            np.array([self.width]), np.array([list(ACTIVATIONS).index(activation)]))
 
     @property
     def bytes(self) -> int:
@@ -342,34 +360,100 @@ class PackedStep:
     ) -> tuple: # (B,C,H) and the states after (B,H); raises EsslError for other shapes and types
         "The next frames."
         check_chunk(x, h, self.width, self.hidden)
-        B, C, D = x.shape
-        y, h = torch.empty(B, C, self.hidden), h.detach().clone(memory_format=torch.contiguous_format)
-        if B and C:
-            step_frames(x.detach().reshape(B * C, D).numpy(), h.numpy(), y.numpy(), self.arrays)
-        return y, h
+        B, C, _ = x.shape
+        x, h = x.contiguous(), h.contiguous()
+        y, after = torch.empty(B, C, self.hidden), torch.empty(B, self.hidden)
+        step_frames(x.data_ptr(), h.data_ptr(), y.data_ptr(), after.data_ptr(), B, C, self.arrays)
+        return y, after
+
+# %% ../../../nbs/ligru/cpu/05_step.ipynb #c49f8e68
+def plain_norm(norm: BatchNorm) -> tuple: # (2H,) factor, (2H,) offset
+    "A batch norm in evaluation, which is a factor and an offset. Raises EsslError where it has no statistics."
+    if norm.running_mean is None:
+        raise EsslError("A batch norm without running statistics was given; a stream needs those of the training.")
+    factor = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+    return factor, (0 if norm.bias is None else norm.bias) - norm.running_mean * factor
 
 
+@torch.no_grad()
 def pack_direction(
     direction, # of a LiGRU or SLiGRU: its W, U and norm
     layer, # whose direction it is
     weights: str, # one of WEIGHTS
-) -> PackedStep:
-    "Weights of one layer in one direction as they act in evaluation."
-    w, norm = direction.w.weight.detach(), direction.norm
-    offset, gain, eps = direction.w.bias, None, layer.eps
+) -> PackedStep: # raises EsslError
+    "One layer in one direction, with its norms."
+    w, norm, offset, gain, own, eps = direction.w.weight, direction.norm, direction.w.bias, None, None, layer.eps
     if isinstance(norm, BatchNorm):
-        mean, rstd, weight, bias, _ = BatchNorm.vectors.__wrapped__(norm, None) if False else running(norm)
-        factor = rstd if weight is None else rstd * weight
-        w, offset = w * factor[:, None], (0 if bias is None else bias) - mean * factor
+        factor, offset = plain_norm(norm)
+        w = w * factor[:, None]
     elif isinstance(norm, nn.LayerNorm):
         gain, offset, eps = norm.weight, norm.bias, norm.eps
-    own = None
     if layer.cell == "sligru":
         own = torch.ones(len(w)) if direction.gain is None else direction.gain
-        offset = offset if direction.bias is None else direction.bias + (0 if offset is None else offset)
+        offset = direction.bias if offset is None else offset if direction.bias is None else offset + direction.bias
     return PackedStep(w, direction.u, offset, weights=weights, gains=(gain, own), eps=(eps, layer.eps),
                       activation=layer.activation)
 
 
-def running(norm: BatchNorm):
-    return norm.running_mean, (norm.running_var + norm.eps).rsqrt(), norm.weight, norm.bias, False
+class StepLiGRU(nn.Module):
+    "A LiGRU or SLiGRU in one direction with packed weights of few bits, for streams; called like the layer, without gradients."
+
+    def __init__(self,
+        layer: LightGRU, # LiGRU or SLiGRU in float32 on the CPU; it is left as it is
+        weights: str = "int8", # one of WEIGHTS
+    ):
+        super().__init__()
+        if not isinstance(layer, LightGRU):
+            raise EsslError(f"{type(layer).__name__} was given; a LiGRU or SLiGRU is packed.")
+        if layer.bidirectional:
+            raise EsslError(f"A bidirectional {type(layer).__name__} was given, which looks ahead and cannot stream. "
+                            "Build it with bidirectional=False.")
+        self.input_size, self.hidden_size, self.num_layers = layer.input_size, layer.hidden_size, layer.num_layers
+        self.weights, self.batch_first = weights, layer.batch_first
+        self.steps = [pack_direction(direction, layer, weights) for direction in layer.directions()]
+
+    @property
+    def bytes(self) -> int:
+        "Bytes of all packed weights."
+        return sum(packed.bytes for packed in self.steps)
+
+    def forward(self,
+        x: Tensor, # (B,C,D) float32, or (C,B,D) without batch_first
+        h0: Tensor | None = None, # (L,B,H) states before; zeros by default
+    ) -> tuple: # y (B,C,H), h_n (L,B,H); raises EsslError for other shapes and types
+        "The next frames of all streams through all layers."
+        x = x if self.batch_first else x.transpose(0, 1)
+        h0 = self.init_state(len(x))["h"] if h0 is None else h0
+        if h0.ndim != 3 or len(h0) != self.num_layers:
+            raise EsslError(f"h0 {tuple(h0.shape)} was given; it is (L,B,H) with L={self.num_layers}.")
+        last = []
+        for packed, h in zip(self.steps, h0.unbind(), strict=True):
+            x, h = packed.step(x, h)
+            last.append(h)
+        return x if self.batch_first else x.transpose(0, 1), torch.stack(last)
+
+    def init_state(self,
+        batch: int, # parallel streams
+    ) -> dict: # {"h": (L,B,H)}
+        "The state of a stream before its first frame: zeros."
+        return {"h": torch.zeros(self.num_layers, batch, self.hidden_size)}
+
+    def step(self,
+        x: Tensor, # (B,C,D) the next C frames
+        state: dict, # from `init_state` or the step before
+    ) -> tuple: # (B,C,H), and the new state
+        "As the layer's `step`."
+        y, h = self(x, state["h"])
+        return y, {"h": h}
+
+    def extra_repr(self) -> str:
+        "Widths, and what the weights are."
+        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, weights={self.weights!r}"
+
+
+def pack_step(
+    layer: LightGRU, # LiGRU or SLiGRU in float32 on the CPU, in one direction
+    weights: str = "float32", # "float32", "bfloat16" or "int8"
+) -> StepLiGRU: # raises EsslError
+    "A layer as a stream uses it: packed once, stepped often."
+    return StepLiGRU(layer, weights)
