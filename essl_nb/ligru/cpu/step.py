@@ -6,8 +6,8 @@
 __all__ = ['WEIGHTS', 'STEP_VECTORS', 'STEP_ROWS', 'LANES', 'COLUMNS', 'PAIR_SUM', 'NIL_BITS', 'INF_BITS', 'write_step',
            'round_weights', 'aligned', 'pack_few_bits', 'load_weights', 'pair_sum_name', 'two_arguments', 'add_product',
            'few_bits_kernel', 'run_few_bits', 'round_rows', 'multiply_few_bits', 'StepWeights', 'step_formula',
-           'float_pointer', 'layer_norm_rows', 'step_frames', 'check_chunk', 'check_weights', 'PackedStep',
-           'plain_norm', 'pack_direction', 'StepLiGRU', 'pack_step']
+           'float_pointer', 'layer_norm_rows', 'step_frames', 'check_chunk', 'check_weights', 'Folded', 'fold_norms',
+           'slow_frames', 'PackedStep', 'StepLiGRU', 'pack_step']
 
 # %% ../../../nbs/ligru/cpu/05_step.ipynb #114bf993
 import platform
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
@@ -83,7 +84,7 @@ def load_weights(b, kind, panel, k) -> list: # four vectors of float32; of pairs
     start = b.gep(panel, [b.mul(k, INT64(bytes_))])
 
     def load(j, vector, size): # the j-th vector of so many bytes
-        return b.load(b.bitcast(b.gep(start, [INT64(j * size)]), vector.as_pointer()), align=size)
+        return b.load(b.bitcast(b.gep(start, [INT64(j * size)]), vector.as_pointer()), align=1)
 
     reals, words = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(INT32, LANES)
     everywhere = lambda value: ir.Constant(words, [value] * LANES)
@@ -99,7 +100,7 @@ def load_weights(b, kind, panel, k) -> list: # four vectors of float32; of pairs
 
 def pair_sum_name() -> str | None: # None: LLVM is given plain operations
     "What LLVM calls the instruction that multiplies 16-bit numbers and adds neighbours, on this processor."
-    if not platform.machine().lower() in ("x86_64", "amd64"):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     return {64: "llvm.x86.avx512.pmaddw.d.512", 32: "llvm.x86.avx2.pmadd.wd"}.get(VECTOR_BYTES, "llvm.x86.sse2.pmadd.wd")
 
@@ -188,7 +189,7 @@ def round_rows(x, rounded, scales):
     for r in range(R):
         largest, to, row = np.int32(0), rounded[r], x[r]
         for k in range(K):
-            largest = max(largest, bits[r, k] & np.int32(0x7fffffff))
+            largest = max(largest, np.int32(bits[r, k] & 0x7fffffff))
         scale_bits[r] = largest  # the magnitude itself
         factor = top / scales[r]
         if NIL_BITS < largest < INF_BITS:
@@ -322,32 +323,84 @@ def check_weights(w: Tensor, u: Tensor, weights: str) -> None: # raises EsslErro
     if why is not None:
         raise EsslError(f"A packed step cannot be compiled: {why}. Use the layer's own step.")
 
+# %% ../../../nbs/ligru/cpu/05_step.ipynb #c49f8e68
+class Folded(NamedTuple):
+    "One direction of one layer as it acts in evaluation."
+    w: Tensor # (2H,D), a batch norm folded in
+    u: Tensor # (2H,H)
+    offset: Tensor # (2H,) all biases
+    gains: tuple # (2H,) of the layer norms of W x and U h, each None where there is none
+    eps: tuple # of both
+    activation: str # one of ACTIVATIONS
 
+
+@torch.no_grad()
+def fold_norms(
+    direction, # of a LiGRU or SLiGRU: its W, U and norms
+    layer, # whose direction it is
+) -> Folded: # raises EsslError for a batch norm without running statistics
+    "Weights, and all that is added to the products, of one direction."
+    w, norm, gain, own, eps = direction.w.weight, direction.norm, None, None, layer.eps
+    biases = [direction.w.bias, direction.bias]
+    if isinstance(norm, BatchNorm):
+        if norm.running_mean is None:
+            raise EsslError("A batch norm without running statistics was given; a stream needs those of the training.")
+        factor = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        w = w * factor[:, None]
+        biases += [norm.bias, -norm.running_mean * factor]
+    elif isinstance(norm, nn.LayerNorm):
+        gain, eps = norm.weight, norm.eps
+        biases.append(norm.bias)
+    if layer.cell == "sligru":
+        own = torch.ones_like(w[:, 0]) if direction.gain is None else direction.gain
+    offset = sum((v for v in biases if v is not None), torch.zeros_like(w[:, 0]))
+    return Folded(w.detach(), direction.u.detach(), offset, (gain, own), (eps, layer.eps), layer.activation)
+
+# %% ../../../nbs/ligru/cpu/05_step.ipynb #1e7cd1ae
+@torch.no_grad()
+def slow_frames(
+    folded: Folded,
+    weights: str | None, # one of WEIGHTS; None: as they are
+    x: Tensor, # (B,C,D)
+    h: Tensor, # (B,H) the states before
+) -> Tensor: # (B,C,H) float64
+    "The frames of a packed step, by its formulas."
+    w, u = folded.w.double(), folded.u.double()
+    if weights is not None:
+        w, u = (v.double() * scales.double()[:, None] for v, scales in (round_weights(m, weights) for m in folded[:2]))
+
+    def normed(p, which): # p (…,2H)
+        gain = folded.gains[which]
+        return p if gain is None else F.layer_norm(p, p.shape[-1:], gain.double(), None, folded.eps[which])
+
+    wx, h, hs = normed(x.double() @ w.T, 0) + folded.offset.double(), h.double(), []
+    for now in wx.unbind(1):
+        a, b = (now + normed(h @ u.T, 1)).chunk(2, -1)
+        z = torch.sigmoid(b)
+        h = z * h + (1 - z) * ACTIVATIONS[folded.activation].value(a)
+        hs.append(h)
+    return torch.stack(hs, 1)
+
+# %% ../../../nbs/ligru/cpu/05_step.ipynb #b72310dc
 class PackedStep:
     "One direction of one layer, packed: few frames of few streams at a time."
 
     def __init__(self,
-        w: Tensor, # (2H,D) float32, a batch norm folded in
-        u: Tensor, # (2H,H) float32
-        offset: Tensor | None = None, # (2H,) all biases; None: 0
-        *,
+        folded: Folded, # in float32, on the CPU
         weights: str = "float32", # one of WEIGHTS
-        gains: tuple = (None, None), # (2H,) of a layer norm of W x and of U h, each None where there is no norm
-        eps: tuple = (1e-5, 1e-5), # of both
-        activation: str = "relu", # one of ACTIVATIONS
     ):
-        w, u = w.detach(), u.detach()
+        w, u = folded.w, folded.u
         check_weights(w, u, weights)
         self.weights, self.width, (wide, self.hidden) = weights, w.shape[1], u.shape
         rounded = [round_weights(m, weights) for m in (w, u)]
         panels = [pack_few_bits(values) for values, _ in rounded]
         scales = aligned(2, panels[0].shape[0] * COLUMNS, like=u)
         scales[:, :wide] = torch.stack([own for _, own in rounded])
-        filled = lambda v, value: u.new_full((wide,), value) if v is None else v.detach()
+        gains = torch.stack([u.new_ones(wide) if gain is None else gain.detach() for gain in folded.gains])
         self.arrays = StepWeights(
-            *panels, scales.numpy(), torch.stack([filled(g, 1) for g in gains]).numpy(), filled(offset, 0).numpy(),
-            np.array([g is not None for g in gains], np.int64), np.array(eps, np.float32),
-            np.array([self.width]), np.array([list(ACTIVATIONS).index(activation)]))
+            *panels, scales.numpy(), gains.numpy(), folded.offset.numpy(),
+            np.array([gain is not None for gain in folded.gains], np.int64), np.array(folded.eps, np.float32),
+            np.array([self.width]), np.array([list(ACTIVATIONS).index(folded.activation)]))
 
     @property
     def bytes(self) -> int:
@@ -366,35 +419,7 @@ class PackedStep:
         step_frames(x.data_ptr(), h.data_ptr(), y.data_ptr(), after.data_ptr(), B, C, self.arrays)
         return y, after
 
-# %% ../../../nbs/ligru/cpu/05_step.ipynb #c49f8e68
-def plain_norm(norm: BatchNorm) -> tuple: # (2H,) factor, (2H,) offset
-    "A batch norm in evaluation, which is a factor and an offset. Raises EsslError where it has no statistics."
-    if norm.running_mean is None:
-        raise EsslError("A batch norm without running statistics was given; a stream needs those of the training.")
-    factor = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-    return factor, (0 if norm.bias is None else norm.bias) - norm.running_mean * factor
-
-
-@torch.no_grad()
-def pack_direction(
-    direction, # of a LiGRU or SLiGRU: its W, U and norm
-    layer, # whose direction it is
-    weights: str, # one of WEIGHTS
-) -> PackedStep: # raises EsslError
-    "One layer in one direction, with its norms."
-    w, norm, offset, gain, own, eps = direction.w.weight, direction.norm, direction.w.bias, None, None, layer.eps
-    if isinstance(norm, BatchNorm):
-        factor, offset = plain_norm(norm)
-        w = w * factor[:, None]
-    elif isinstance(norm, nn.LayerNorm):
-        gain, offset, eps = norm.weight, norm.bias, norm.eps
-    if layer.cell == "sligru":
-        own = torch.ones(len(w)) if direction.gain is None else direction.gain
-        offset = direction.bias if offset is None else offset if direction.bias is None else offset + direction.bias
-    return PackedStep(w, direction.u, offset, weights=weights, gains=(gain, own), eps=(eps, layer.eps),
-                      activation=layer.activation)
-
-
+# %% ../../../nbs/ligru/cpu/05_step.ipynb #ed754099
 class StepLiGRU(nn.Module):
     "A LiGRU or SLiGRU in one direction with packed weights of few bits, for streams; called like the layer, without gradients."
 
@@ -410,7 +435,7 @@ class StepLiGRU(nn.Module):
                             "Build it with bidirectional=False.")
         self.input_size, self.hidden_size, self.num_layers = layer.input_size, layer.hidden_size, layer.num_layers
         self.weights, self.batch_first = weights, layer.batch_first
-        self.steps = [pack_direction(direction, layer, weights) for direction in layer.directions()]
+        self.steps = [PackedStep(fold_norms(direction, layer), weights) for direction in layer.directions()]
 
     @property
     def bytes(self) -> int:
