@@ -282,14 +282,14 @@ def step_frames(x, before, y, after, B, C, weights):
     wx, p = np.empty((B * C, columns), np.float32), np.empty((B, columns), np.float32)
     frames, h = carray(float_pointer(x), (B * C, weights.width[0])), carray(float_pointer(after), (B, H))
     h[:] = carray(float_pointer(before), (B, H))
-    multiply_few_bits(wx, frames, weights.w, weights.scales[0], 0)
-    if weights.layered[0]:
-        layer_norm_rows(wx, 2 * H, weights.gains[0], weights.eps[0])
     offset = data_address(weights.offset)
-    for c in range(C):
-        multiply_few_bits(p, h, weights.u, weights.scales[1], c & 1)
-        if weights.layered[1]:
-            layer_norm_rows(p, 2 * H, weights.gains[1], weights.eps[1])
+    for c in range(-1, C):  # W x of all frames, then U h of one after the other
+        out, rows, packed, which = (wx, frames, weights.w, 0) if c < 0 else (p, h, weights.u, 1)
+        multiply_few_bits(out, rows, packed, weights.scales[which], c & 1)
+        if weights.layered[which]:
+            layer_norm_rows(out, 2 * H, weights.gains[which], weights.eps[which])
+        if c < 0:
+            continue
         for b in range(B):
             u, w = element_address(p, b, 0), element_address(wx, b * C + c, 0)
             state, to = element_address(h, b, 0), y + 4 * H * (b * C + c)
