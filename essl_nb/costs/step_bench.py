@@ -130,7 +130,7 @@ def time_steps(
     hidden: int, # units H, inputs too
     frames: int, # of a call, C
     names: list, # of STEP_CONTESTANTS
-    repeats: int = 31, # rounds
+    repeats: int = 21, # rounds
     calls: int = 8, # of a timed sample
 ) -> dict: # "times": rounds × names, CPU s a frame; "names"; "skipped": name → why
     "Time contestants in this process: one stream, interleaved, by the thread's own clock."
@@ -207,7 +207,7 @@ def bench_steps(
     hidden: tuple = (256, 512, 1024), # units H, inputs too
     frames: tuple = (1, 8), # of a call, C
     names: tuple = tuple(STEP_CONTESTANTS),
-    repeats: int = 31, # rounds
+    repeats: int = 21, # rounds
     errors: tuple = ("LiGRU", "SLiGRU"), # cells whose difference from float64 is measured over 1,000 frames
 ) -> int: # rows added; raises EsslError for unknown names
     "Measure points, each in an isolated process with one thread, and append their rows as they come."
