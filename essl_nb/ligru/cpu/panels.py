@@ -117,7 +117,7 @@ def add_product(b, kind, x, weights, total) -> ir.Value: # x: one 32-bit number 
         parts.append(b.mul(*(b.sext(b.shuffle_vector(v, none, mask), total.type) for v in (x, weights))))
     return b.add(total, b.add(*parts))
 
-
+# %% ../../../nbs/ligru/cpu/05_panels.ipynb #79124cc6
 def few_bits_kernel(b, kind, rows: int, out, out_step, a, a_step, panel, groups, scales, row_scales) -> None:
     "out[:rows, a tile] = a[:rows] @ panel; for int8 times the scales of columns and rows. Addresses and steps in bytes."
     at = lambda address, kind: b.inttoptr(address, kind.as_pointer())
@@ -148,7 +148,7 @@ def few_bits_kernel(b, kind, rows: int, out, out_step, a, a_step, panel, groups,
             result = b.fmul(b.sitofp(result, reals), b.fmul(own, row))
         b.store(result, at(to, reals), align=4)
 
-
+# %% ../../../nbs/ligru/cpu/05_panels.ipynb #1efcf962
 @intrinsic
 def run_few_bits(context, out, out_step, a, a_step, packed, panel, groups, scales, row_scales, rows):
     "One tile for 1 to STEP_ROWS rows; `packed` says which kind of weights."
