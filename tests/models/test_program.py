@@ -8,7 +8,7 @@ from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
 from essl_nb.models.program import export_program, load_program
 
-QUICK = (baseline_mixer(), "gru")  # attention, and a recurrence
+QUICK = (baseline_mixer(), list_mixers("recurrent")[0])
 
 
 def tiny(name, **kw):
