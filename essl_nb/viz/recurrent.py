@@ -65,10 +65,11 @@ def gpu_figure(
     rows: pd.DataFrame, # from `costs.gpu_cases.load_gpu`
     *,
     which: str = "forward+backward", # the pass
+    layers: int = 1, # of each network
     rivals: tuple = ("GRU", "LSTM"), # names in rows
 ) -> go.Figure:
     "Time of LiGRU over that of others against the hidden units, a line for each batch and number of frames. Raises EsslError where nothing of the kind was measured."
-    rows = rows[rows.step.eq("b") & rows["pass"].eq(which) & rows.name.isin(rivals)] if len(rows) else rows
+    rows = rows[rows.step.eq("b") & rows["pass"].eq(which) & rows.layers.eq(layers) & rows.name.isin(rivals)] if len(rows) else rows
     if not len(rows):
         raise EsslError(f"No recurrent layer was timed beside {' or '.join(rivals)} in the pass {which!r}.")
     figure = make_subplots(cols=len(rivals), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[f"over {name}'s time" for name in rivals])
@@ -81,7 +82,7 @@ def gpu_figure(
                 line=dict(color=LOOK["LiGRU"][0], dash=dashes[frames]), marker=dict(symbol=marks[batch], size=9), customdata=1e3 * line.time_s,
                 hovertemplate=f"%{{y:.2f}} of {name}'s %{{customdata:.1f}} ms, {label}, %{{x}} units<extra></extra>")
     told = ", ".join(f"{rows[rows.name.eq(n)].first_over_it.min():.2f} to {rows[rows.name.eq(n)].first_over_it.max():.2f} of {n}'s" for n in rivals)
-    figure = plain(figure, height=440, title=f"LiGRU takes {told} time<br><sup>{which}, one layer, both directions, {rows.precision.iloc[0]}, {rows.card.iloc[0]}</sup>", margin=dict(l=64, r=20, t=150, b=52))
+    figure = plain(figure, height=440, title=f"LiGRU takes {told} time<br><sup>{which}, {'one layer' if layers == 1 else f'{layers} layers'}, both directions, {rows.precision.iloc[0]}, {rows.card.iloc[0]}</sup>", margin=dict(l=64, r=20, t=150, b=52))
     figure.update_layout(showlegend=True, title=dict(yref="container", y=1, yanchor="top", pad=dict(l=12, t=18)), legend=dict(orientation="h", x=0, y=1.12, yanchor="bottom", font=dict(size=12)))
     figure.update_xaxes(type="log", title_text="units H", tickvals=sorted(rows.hidden.unique()))
     return figure.update_yaxes(range=[0, 1]).update_yaxes(title_text="LiGRU's time, the other's = 1", col=1)
