@@ -27,6 +27,7 @@ def weights_hash(
     digest = hashlib.sha256()
     for name, t in sorted(module.state_dict().items()):
         digest.update(name.encode())
+        t = t if type(t) is torch.Tensor else t.dequantize()  # torchao's have no bytes of their own
         digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -79,6 +79,7 @@ def quantised(
     from torchao.quantization import quantize_
 
     small = copy.deepcopy(encoder).eval()
+    small.few_bits = scheme
     linear = lambda m, _=None: isinstance(m, nn.Linear)
     whole = lambda m: how.group and m.weight.shape[1] % how.group
     with quiet():

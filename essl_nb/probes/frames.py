@@ -132,7 +132,8 @@ def fingerprint(
     "A hash of the weights and of what is done with them, or the baseline's name."
     if isinstance(encoder, Baseline):
         return repr(encoder)
-    return content_hash([type(encoder).__qualname__, repr(getattr(encoder, "config", "")), weights_hash(encoder)])
+    few = [encoder.few_bits] if getattr(encoder, "few_bits", None) else []  # which the same weights may be read by
+    return content_hash([type(encoder).__qualname__, repr(getattr(encoder, "config", "")), weights_hash(encoder), *few])
 
 
 def open_encoder(

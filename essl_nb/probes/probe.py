@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['probes', 'KINDS', 'Score', 'list_probes', 'Job', 'offers', 'runnable', 'default_probe', 'choose', 'fits',
-           'check_options', 'heads_of', 'check_corpus', 'run_probe', 'open_corpus', 'on_device', 'baseline_scores',
-           'untrained']
+           'check_options', 'heads_of', 'check_corpus', 'run_probe', 'in_few_bits', 'open_corpus', 'on_device',
+           'baseline_scores', 'untrained']
 
 # %% ../../nbs/probes/03_probe.ipynb #a5a9a732
 import dataclasses
@@ -26,6 +26,7 @@ from ..core.precision import plain_torch
 from ..core.registry import EsslError, Registry
 from ..data.corpus import load_corpus
 from ..models.encoder import build_encoder, chunk_set
+from ..models.few_bits import quantised
 from .frames import Baseline, Source, device_of, open_encoder
 from .heads import heads
 
@@ -179,6 +180,7 @@ def run_probe(
     precision: str = "auto", # of the encoder's forward pass: auto, bf16 or fp32
     device: str | None = None, # where the encoder runs, "cpu" or "cuda"; where it is by default, and it is put back there
     chunk_frames: int | None = None, # look-ahead of the encoder while it is scored, frames of a chunk; None: its own
+    bits: str | None = None, # weights of few bits while it is scored: a name of models.few_bits.SCHEMES; None: its own
     **options, # the probe's own, such as span_ms
 ) -> Score:
     "Score a frozen encoder with one probe. Raises EsslError for unknown names, missing labels, and NaN or infinite frames."
@@ -194,6 +196,8 @@ def run_probe(
                 f"The probe {probe!r} trains the encoder itself, and a log-mel baseline has nothing to train; give "
                 "an encoder."
             )
+        if bits is not None:
+            encoder = in_few_bits(encoder, bits, entry)
         corpus = open_corpus(corpus)
         check_corpus(corpus)
         if (needs := entry.meta.get("needs", "voice")) not in offers(corpus):
@@ -208,6 +212,13 @@ def run_probe(
     return dataclasses.replace(score, **times, also=tuple(dataclasses.replace(s, **times) for s in score.also))
 
 # %% ../../nbs/probes/03_probe.ipynb #3ae5f37a
+def in_few_bits(encoder, bits: str, entry): # of the probe; an Encoder
+    "A quantised copy. Raises EsslError where there is nothing to quantise, or where the probe would train it."
+    if isinstance(encoder, Baseline) or not entry.meta.get("baselines", True):
+        raise EsslError(f"bits={bits!r} was given; it is for frozen encoders, and the probe {entry.name!r} {'trains its own' if not isinstance(encoder, Baseline) else 'was asked of log-mel'}. Leave bits out.")
+    return quantised(encoder, bits)
+
+
 def open_corpus(
     corpus, # a Corpus, "bundled", or a folder
 ):

@@ -39,6 +39,23 @@ def test_weights_that_are_nan_give_no_score(name, encoder):
         probe(encoder, name, toy_for(name), **QUICK[name])
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_few_bits_are_scored_in_place_of_the_encoders_own(bits, encoder):
+    encoder = build_encoder(EncoderConfig(list_mixers()[0], dim=32, depth=1), seed=0).eval()
+    before, memo = encoder.norm.weight.clone(), {}
+    own, small, again = (probe(encoder, "phones", toy_for("phones"), memo=memo, **QUICK["phones"], **kw) for kw in ({}, dict(bits=bits), dict(bits=bits)))
+    assert small.units == again.units and len(memo) == 2, "frames of few bits are kept under another name"
+    assert small.unit_ids_hash == own.unit_ids_hash and torch.equal(encoder.norm.weight, before)
+
+
+def test_few_bits_are_for_frozen_encoders(encoder):
+    for name, given, why in (("finetune", encoder, "trains its own"), ("phones", Baseline("logmel", 0, 2), "log-mel")):
+        with pytest.raises(EsslError, match=why):
+            probe(given, name, toy_for(name), bits="int8")
+    with pytest.raises(EsslError, match="no scheme"):
+        probe(encoder, "phones", toy_for("phones"), bits="int3")
+
+
 class Fails(Oracle):
     "Infinite frames wherever the sound is louder than 100."
 
