@@ -14,7 +14,8 @@ UNIX_ONLY = ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty", "syslog
 
 @pytest.mark.parametrize("missing", [UNIX_ONLY, ("numba", "llvmlite"), ("numba_cuda", "onnx", "onnxruntime", "speechbrain", "transformers", "datasets", "huggingface_hub", "submitit")], ids=["what Unix alone has", "a compiler", "extras"])
 def test_every_module_imports_without(missing):
-    needs_one = {"essl_nb.ligru.cpu.product", "essl_nb.ligru.cpu.threads", "essl_nb.ligru.cpu.loop", "essl_nb.ligru.cpu.backend"} if "numba" in missing else set()
+    needs_one = {"essl_nb.ligru.cpu.product", "essl_nb.ligru.cpu.threads", "essl_nb.ligru.cpu.loop", "essl_nb.ligru.cpu.backend",
+                 "essl_nb.ligru.cpu.panels", "essl_nb.ligru.cpu.step", "essl_nb.costs.step_bench"} if "numba" in missing else set()
     code = f"""
 import importlib, sys
 import torch # which looks for some of them and goes on without
