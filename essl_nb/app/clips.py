@@ -169,7 +169,7 @@ class Session:
         "Memory that the session takes, about."
         return (0 if self.sound is None else self.sound.wav.nbytes) + sum(map(size_of, list(self.maps.values())))
 
-
+# %% ../../nbs/app/04_clips.ipynb #9f100d6c
 class Sessions:
     "The sessions with an uploaded sound; sessions without one are not kept."
 

@@ -111,7 +111,7 @@ def attributes_of(update) -> dict: # name → value
         return {}  # gr.skip()
     return {name: getattr(update, name) for name in update.constructor_args} if hasattr(update, "constructor_args") else {"value": update}
 
-
+# %% ../../nbs/app/11_explorer.ipynb #33ba7600
 class Launch:
     "The explorer's `launch()`: the page's settings, the access filter, and the first views rendered ahead."
 

@@ -130,7 +130,7 @@ class ReadFolder:
         "An import line, or nothing."
         return folder_code(self.folder)[0]
 
-
+# %% ../../nbs/app/07_library.ipynb #da642f2e
 class StudyFile(ReadFolder):
     "A study's tables, read on demand and again when rows were added. Raises EsslError where there are none."
 
@@ -217,7 +217,7 @@ def setting_of(folder: Path) -> str: # or its name, where it is none of those th
         shipped = {}
     return shipped.get(folder.resolve(), plain_words(folder.name))
 
-
+# %% ../../nbs/app/07_library.ipynb #266ef50c
 @lru_cache(256)
 def summary_of(stamp: tuple) -> str: # `stamp` from `stamp_of`
     "A study in a few words: its setting or name, its blocks, its widths; the first only where its grid cannot be read here."

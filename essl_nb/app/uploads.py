@@ -137,7 +137,7 @@ def reading(self: Uploads, path): # yields the path
     finally:
         self.drop(place)
 
-
+# %% ../../nbs/app/05_uploads.ipynb #bee66dc7
 @patch
 def drop(self: Uploads, path):
     "Drop one claim to a file; without any left it is removed. Paths that were not uploaded are ignored."

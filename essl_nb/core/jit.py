@@ -187,7 +187,7 @@ class Implementation(CompileResultCacheImpl):
     def ensure_cache_path(self):
         "Nothing to do: `folder_for` made the folder."
 
-
+# %% ../../nbs/core/08_jit.ipynb #ff7b53fd
 class FunctionsCache(FunctionCache):
     "Numba's cache of one function, in a folder that is chosen when the first result exists. No failure here stops a computation."
 

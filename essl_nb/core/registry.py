@@ -77,7 +77,7 @@ def registry_of(module: str, name: str):
     "The registry that a module holds under a name: how a pickled registry is resolved in another process."
     return getattr(importlib.import_module(module), name)
 
-
+# %% ../../nbs/core/01_registry.ipynb #8d692b19
 class Registry:
     "Names of one kind of thing, in the order in which they were registered."
     made = weakref.WeakSet()  # every registry of this process
@@ -173,7 +173,7 @@ class Registry:
         self.fill()
         return len(self.entries)
 
-
+# %% ../../nbs/core/01_registry.ipynb #ef930a1e
 def shared_guests() -> list: # of (registry, its guests), for every registry that another process finds again by importing its module
     "All that was registered outside this package, in registries of this package."
     ours = [x for x in Registry.made if x.module.split(".")[0] == __name__.split(".")[0] and x.name_in_module()]

@@ -126,7 +126,7 @@ def measure_deployment(
     times = [interleaved([deployment_call(e, s, precision, device) for e in encoders], **how) for s in seconds]
     return {"times": times, "memory": memory, "idle": idle_bytes, "device": meter.record()}
 
-
+# %% ../../nbs/costs/04_cards.ipynb #d50c2370
 def measure_training(
     configs: list, # encoder configurations as JSON values, the baseline last
     batch: int, # crops in a step

@@ -289,7 +289,8 @@ class UseCase:
         times = live_pair(pair, chunks=5 if tiny else 100, streams=streams, precision=self.case["precision"], device=self.device, lead=1.0 if tiny else 10.0)
         own, rival = zip(*times)
         ratio, least, most = spread([a / b for a, b in times])
-        return {**percentiles("time_s", own), **percentiles("baseline_time_s", rival), "time_s": spread(own)[0],
+        s, low, high = spread(own)
+        return {**percentiles("time_s", own), **percentiles("baseline_time_s", rival), "time_s": s, "time_low": low, "time_high": high,
                 "ratio": ratio, "ratio_low": least, "ratio_high": most, "turns": len(times), "chunk_ms": 160}
 
 
@@ -384,7 +385,7 @@ def mixer_cases(device: str, quick: bool) -> list:
     estimate, points = 1 if tiny else 1 + 0.8 * len(seconds), [{"seconds": s} for s in seconds]
     return [case("c", "mixer", estimate, points, mixer=n, **size) for n in names]
 
-
+# %% ../../nbs/costs/14_gpu_cases.ipynb #5e4e9db0
 def step_cases(device: str, quick: bool) -> list:
     "Small and base encoders, by mixer."
     tiny = device != "cuda"

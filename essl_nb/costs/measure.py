@@ -54,7 +54,7 @@ def driver_version() -> str | None: # None where nvidia-smi does not tell
     except (OSError, subprocess.SubprocessError):
         return None
 
-
+# %% ../../nbs/costs/01_measure.ipynb #4a7215a4
 class CudaMeter:
     "Times by events and peaks by the allocator of an NVIDIA GPU."
     device = "cuda"

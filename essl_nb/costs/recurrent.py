@@ -358,7 +358,7 @@ def bench_machines(
         return []
     return [name for name, _ in Counter(timing_key(r)[-1] for r in read_lines(Path(path))[0]).most_common()]
 
-
+# %% ../../nbs/costs/10_recurrent.ipynb #9cab9d46
 def bench_table(
     rows: pd.DataFrame, # from `load_bench`
     which: str = "forward+backward",

@@ -200,7 +200,7 @@ def step_rows(found: dict, point: dict, made: dict) -> list: # of plain values; 
                          repeats=len(column), clock="thread", made=made))
     return rows + [dict(what="time", name=name, **point, skipped=why, made=made) for name, why in found["skipped"].items()]
 
-
+# %% ../../nbs/costs/11_step_bench.ipynb #f828a583
 def bench_steps(
     path="results/ligru_step/rows.jsonl", # appended to; points that it holds of this machine are not measured again
     *,

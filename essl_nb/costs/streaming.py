@@ -75,7 +75,7 @@ def percentiles(
     "The median of chunks' times, and how late the late ones are."
     return {f"{name}_p{p}": float(f"{np.percentile(values, p):.4g}") for p in PERCENTILES}
 
-
+# %% ../../nbs/costs/03_streaming.ipynb #6800d4fb
 def built(config: EncoderConfig, device: str):
     "An encoder for use, with the weights of seed 0."
     return build_encoder(config, seed=0).eval().to(device)

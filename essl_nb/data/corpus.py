@@ -48,7 +48,7 @@ def alike(
     "Ids that resemble `id`, else the first ones."
     return ([i for i in ids if id.lower() in i.lower() or i.lower() in id.lower()] or ids)[:5]
 
-
+# %% ../../nbs/data/06_corpus.ipynb #4b55c013
 class Utterances:
     "Utterances in a fixed order."
 
@@ -131,7 +131,7 @@ def memory_of(kind: str, root: Path) -> Path | None: # None where there is no ca
     except (OSError, RuntimeError):
         return None
 
-
+# %% ../../nbs/data/06_corpus.ipynb #630f4640
 class Corpus(Utterances):
     "Utterances, the folder they lie in, and their features."
 
@@ -247,7 +247,7 @@ def sound_seconds(
         return plain_name(str(e).replace(str(path), "{file}"))
     return seconds
 
-
+# %% ../../nbs/data/06_corpus.ipynb #e76af5e4
 def durations(
     paths: list, # sound files
     root: Path, # the folder of the corpus

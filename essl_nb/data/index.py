@@ -283,7 +283,7 @@ def index_folder(folder: Path):
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-
+# %% ../../nbs/data/07_index.ipynb #2ef88fe0
 def write_index(
     folder, # where it shall lie
     clips, # of Clip, streamed; an unknown duration is NaN, an unknown split empty

@@ -42,7 +42,7 @@ def sample_plan(
     starts = (torch.rand(len(rows), generator=generator).numpy() * (frames - part + 1)).astype(np.int64) // 4 * 4
     return [(int(r), int(s), int(n), bool(n == f)) for r, s, n, f in zip(rows, starts, part, frames)]
 
-
+# %% ../../nbs/data/18_sampling.ipynb #43cb60f6
 def write_sample(index: ClipIndex, path, plan: list, hours: float, spec: LogMelSpec, workers: int | None, progress: bool):
     "Read the sample and store its frames. Raises EsslError where none of it can be read."
     lengths, faults, spread, total = {}, {}, RunningSpread(spec.n_mels), 0

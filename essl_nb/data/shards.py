@@ -99,7 +99,7 @@ def check_plan(out: Path, key: str):
         raise EsslError(f"{out} holds shards that were not written by this command; choose an empty folder.")
     write_json(note, dict(plan=key))
 
-
+# %% ../../nbs/data/13_shards.ipynb #f29f5cb0
 def write_shards(
     source, # whatever `open_index` takes
     out, # the folder to write to

@@ -132,7 +132,7 @@ def announce_shards(index: ClipIndex, shards):
 # %% ../../nbs/data/16_streams.ipynb #83754ea6
 RAW = ("logmel", "wave")
 
-
+# %% ../../nbs/data/16_streams.ipynb #b8bf9806
 class StreamPlan:
     "What each batch shall hold; nothing is read."
 

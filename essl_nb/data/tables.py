@@ -207,7 +207,7 @@ def ordered(
             raise ValueError(f"{a.label} until {a.end}, {b.label} from {b.start}")
     return phones
 
-
+# %% ../../nbs/data/05_tables.ipynb #f94611f0
 def read_phones(
     path, # a table with the columns id, phone, start, end and perhaps origin
     ids, # that there are

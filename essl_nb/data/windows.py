@@ -62,7 +62,7 @@ class Window(NamedTuple):
     ends: np.ndarray  # (b,) chunks up to the end of each batch
     order: np.ndarray  # (b,) in which the batches are used
 
-
+# %% ../../nbs/data/15_windows.ipynb #41b512f0
 class EpochPlan:
     "Where each batch of each epoch lies, from counts of chunks."
 

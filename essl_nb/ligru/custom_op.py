@@ -45,7 +45,7 @@ def load_backend(
     except Exception as problem: # a broken installation of a compiler raises anything
         return None, f"it cannot be imported ({type(problem).__name__}: {problem})"
 
-
+# %% ../../nbs/ligru/02_custom_op.ipynb #79075ee9
 def refusal(
     name: str, # one of BACKENDS, not auto
     device: str, # type of device: "cpu", "cuda", "meta", …

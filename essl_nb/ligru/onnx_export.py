@@ -122,7 +122,7 @@ def build_graph(layer: LiGRU | SLiGRU, g: Graph, kind: int) -> None:
     g("Transpose", x, outputs=["y"], perm=[1, 0, 2] if first else [0, 1, 2])
     g("Concat", *last, outputs=["h_n"], axis=0)
 
-
+# %% ../../nbs/ligru/05_onnx_export.ipynb #8eca9fd2
 def export_onnx(
     layer: LiGRU | SLiGRU, # as it is in evaluation; it stays as it is
     path: str | Path, # the file to write

@@ -157,7 +157,7 @@ def loop_in_python(
     w, h0 = w.to(u.dtype).transpose(0, 1), h0.to(u.dtype).expand(len(w), -1)
     return light_recurrence(w, u, h0, mask, None, gain, bias, **kw).transpose(0, 1)
 
-
+# %% ../../nbs/ligru/04_speechbrain_swap.ipynb #13c334ad
 class SwappedLiGRU(Scriptable):
     "What a layer of SpeechBrain's LiGRU or SLiGRU gets besides its own class: a fast loop with the same results."
     __jit_unused_properties__ = ["backend_used", "took"]

@@ -401,7 +401,7 @@ def check_autocast(entry, causal, training):
     away = (half.float() - y)[mask].norm() / y[mask].norm()
     assert away < 0.05, f"outputs are {away:.2g} of their size away from float32"
 
-
+# %% ../../nbs/mixers/02_checks.ipynb #ca4a957f
 @check("half")
 def check_half(entry, causal, training):
     "With all weights in bfloat16 or float16, it gives frames of that type near those of float32."

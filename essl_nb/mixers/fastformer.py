@@ -51,7 +51,7 @@ def prefix_sums(
     left = added + keep * first[:, :, None]
     return torch.cat([first[:, :, None], left[:, :, :-1]], 2), left[:, :, -1]
 
-
+# %% ../../nbs/mixers/09_fastformer.ipynb #1b1bcaf3
 def running_softmax(
     a: Tensor, # (B,H,T) logits
     v: Tensor, # (B,H,T,K) what is averaged

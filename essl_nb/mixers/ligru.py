@@ -20,7 +20,7 @@ from .recurrent import Recurrent
 
 FRAMEWISE = ("layer", "none")
 
-
+# %% ../../nbs/mixers/20_ligru.ipynb #ac087a2c
 @mixers.register("ligru", family="recurrent", complexity="T", paper="1803.10225", tiny={}, grid=dict(hidden=[64, 96, 192]))
 class LightMixer(Recurrent):
     "Light GRU: one gate, a rectifier, a normalised input."

@@ -141,7 +141,7 @@ def circular_products(
     extended = x.gather(1, source[..., None].expand(-1, -1, D))
     return depthwise(extended, filters.flip(0).T[:, None, :, None].to(x.dtype), None)
 
-
+# %% ../../nbs/mixers/12_mlp_asr.ipynb #ec839b98
 @mixers.register("f_mlp", family="fourier", complexity="T log T", paper="2202.08456", tiny=dict(taps=9), grid=dict(taps=[63, 255, 1023]))
 class FMLP(Mixer):
     "Linear, GELU, circular convolution in the Fourier domain, Linear, at each utterance's exact length."

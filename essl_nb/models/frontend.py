@@ -215,7 +215,7 @@ class WaveSpec:
     hop: int = 1  # samples from one raw feature to the next
     n_mels: int = 1  # numbers in a raw feature
 
-
+# %% ../../nbs/models/01_frontend.ipynb #8f8a8305
 class WaveFrontend(Frontend):
     "What front ends over the waveform share: lengths, view, and a learnt vector for hidden frames."
     stored, spec = False, WaveSpec()
@@ -275,7 +275,7 @@ class WaveFrontend(Frontend):
         lengths = None if samples is None else self.out_lengths(samples)
         return zero_pads(x, mask_of(lengths, x.shape[1])), lengths
 
-
+# %% ../../nbs/models/01_frontend.ipynb #26bda80a
 def zero_pads_channels_first(
     x: Tensor, # (B,C,T), channels before time
     lengths: Tensor | None, # (B,) real ones of the T; None: all

@@ -61,7 +61,7 @@ def export_program(
     finally:
         encoder.train(training)
 
-
+# %% ../../nbs/models/20_program.ipynb #ff6c6832
 def save(program, part: Path, about: dict):
     "Write a program with its metadata under a name that does not end as torch would like."
     with open(part, "wb") as f:

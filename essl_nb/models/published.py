@@ -113,7 +113,7 @@ def open_published(
         return from_torchaudio(tensors, heads=kw["heads"], pre_norm=kw["pre_norm"], normalise=normalise), without_place(tensors)
     return from_settings(tensors, settings, normalise=normalise), without_place(tensors)
 
-
+# %% ../../nbs/models/18_published.ipynb #cb71f8f2
 def from_published(
     source, # a .safetensors file, a folder, or "org/name" on the hub
     mixer: str | None = None, # a registered mixer; None: the original attention

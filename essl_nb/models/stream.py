@@ -126,7 +126,7 @@ class Streamed(NamedTuple):
     frames: Tensor  # (B,n,D), zeros behind the last frame of each
     lengths: Tensor  # (B,) int64
 
-
+# %% ../../nbs/models/13_stream.ipynb #dd3879db
 class Stream:
     "Live encoding; made by `encoder.stream(batch)`. Accepts sound in pieces of any size and keeps what the next frames need."
 

@@ -53,7 +53,7 @@ class TimeNorm(nn.GroupNorm):
 CONVOLUTIONS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))  # kernel and stride of each layer
 NORMS = ("layer", "group")
 
-
+# %% ../../nbs/models/02_waveform.ipynb #a54e7b06
 @frontends.register("wav2vec2", rate="50 Hz", context_ms=25, paper="2006.11477")
 class Wav2Vec2Frontend(WaveFrontend):
     "Seven convolutions over the waveform, then LayerNorm and a linear layer. norm='group' is exact over real frames only, and never causal."

@@ -64,7 +64,7 @@ def load_teacher(
 # %% ../../nbs/objectives/07_hubert.ipynb #1e3b0315
 SOURCES = ("mfcc", "logmel", "layer")
 
-
+# %% ../../nbs/objectives/07_hubert.ipynb #bab3fe9f
 @objectives.register("hubert", paper="2106.07447", tiny=dict(clusters=12, iterations=3, fit_frames=400, code_dim=8))
 class Hubert(Objective):
     "Predict k-means clusters of MFCC, log-mel or a layer of an earlier encoder, at hidden frames."

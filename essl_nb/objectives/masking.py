@@ -17,7 +17,7 @@ Unit = Literal["frames", "mel", "seconds"]
 Count = Literal["bernoulli", "utterance", "batch"]
 MEL_SECONDS = 0.01  # s, one log-mel frame
 
-
+# %% ../../nbs/objectives/02_masking.ipynb #f5ac767a
 @dataclass(frozen=True)
 class Masking:
     "How much is hidden, in which spans. Raises EsslError for settings that contradict each other."

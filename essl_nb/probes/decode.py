@@ -31,7 +31,7 @@ def greedy_texts(
 # %% ../../nbs/probes/12_decode.ipynb #08bff408
 BLANK, SPACE = "<blank>", "▁"
 
-
+# %% ../../nbs/probes/12_decode.ipynb #5e8cb10d
 class BeamDecoder:
     "Beam search over texts. Raises EsslError where the library, or a file, is missing."
 

@@ -160,7 +160,7 @@ class Evaluation:
 class Diverged(EsslError):
     "A training that has become NaN or infinite."
 
-
+# %% ../../nbs/probes/08_finetune.ipynb #4b264321
 @torch.inference_mode()
 def listen(
     model: Recogniser,

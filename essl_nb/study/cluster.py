@@ -327,7 +327,7 @@ def essl_submit(
         print(f"Submitted job {number} ({len(jobs)} in all); its logs are in {logs}. scancel {number} ends it, and the same command goes on.")
     return 0
 
-
+# %% ../../nbs/study/06_cluster.ipynb #86a526cd
 def report_local(ended: list, logs: Path) -> int: # 1 where one failed
     "Print how jobs ended."
     failed = [text for _, text in ended if text]

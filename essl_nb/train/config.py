@@ -19,7 +19,7 @@ BATCHINGS = get_args(Batching)
 Precision = Literal["auto", "fp32", "bf16"]
 Reading = Literal["auto", "stored", "streamed"]
 
-
+# %% ../../nbs/train/01_config.ipynb #a88f9e7c
 @dataclass(frozen=True)
 class PretrainConfig:
     "All settings of a pre-training run. Raises EsslError for unknown names and impossible numbers."

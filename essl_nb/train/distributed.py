@@ -189,7 +189,7 @@ def shard(
         follow(optimiser, old, dict(network.named_parameters()))
     return network
 
-
+# %% ../../nbs/train/04_distributed.ipynb #76ede505
 def parallelise(
     network: nn.Module, # whose forward computes the loss; equal on all ranks
     how: str, # ddp or fsdp2

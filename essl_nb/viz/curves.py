@@ -154,7 +154,7 @@ def curve_figure(
     told = f"{curve_finding(rows, quantity)}<br><sup>one layer, width {width}, batch {batch}, {which}</sup>" if title is None else title
     return finish_curves(fig, rows, ends, quantity, y_title, width, height, told)
 
-
+# %% ../../nbs/viz/06_curves.ipynb #119d9453
 def finish_curves(fig: go.Figure, rows: pd.DataFrame, ends: list, quantity: str, y_title: str, width: int, height: int, title: str) -> go.Figure:
     "Axes, names at the right end, the line at 1 and the ceiling."
     plain(fig, height=height, title=title, margin=dict(l=64, r=130, t=72 if "<br>" in title else 48, b=48))

@@ -163,7 +163,7 @@ def follow(folder: Path, show, ended, every: float):
             return
         time.sleep(every)
 
-
+# %% ../../nbs/viz/09_training.ipynb #43632189
 def watch_run(
     folder, # of a run that another process trains
     *,

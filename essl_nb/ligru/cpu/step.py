@@ -60,7 +60,7 @@ def float_pointer(context, address):
         return b.inttoptr(args[0], context.get_value_type(signature.return_type))
     return types.CPointer(types.float32)(types.intp), generate
 
-
+# %% ../../../nbs/ligru/cpu/06_step.ipynb #41ae2483
 @compiled
 def layer_norm_rows(x, n, gain, eps):
     # x (R,≥n), in place: the first n of each row less their mean, over their deviation, times the gain
@@ -277,7 +277,7 @@ class StepLiGRU(nn.Module):
         "Widths, and what the weights are."
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, weights={self.weights!r}"
 
-
+# %% ../../../nbs/ligru/cpu/06_step.ipynb #434dedb3
 def pack_step(
     layer: LightGRU, # LiGRU or SLiGRU in float32 on the CPU, in one direction
     weights: str = "float32", # "float32", "bfloat16" or "int8"

@@ -62,7 +62,7 @@ def kernel_arguments(
     first = ctypes.addressof(words)
     return (ctypes.c_void_p * len(found))(*range(first, first + 8 * len(found), 8)), words
 
-
+# %% ../../../nbs/ligru/gpu/06_backend.ipynb #1b6fbbf7
 class Gpu:
     "Kernels on an NVIDIA GPU, on PyTorch's current stream."
 
