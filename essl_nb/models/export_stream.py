@@ -19,7 +19,7 @@ from ..core.traced import flat_loops
 from ..data.audio import log_mel_within
 from .checkpoint import weights_hash
 from .encoder import Encoder
-from .export import check_exportable, needed, refuse_overwriting, write_checked
+from .export import check_exportable, check_opset, needed, refuse_overwriting, write_checked
 from .stream import stream_facts
 
 # %% ../../nbs/models/21_export_stream.ipynb #eeb779fe
@@ -137,7 +137,7 @@ def stream_metadata(encoder, graph: StreamGraph, facts: dict) -> dict: # plain v
     )
 
 # %% ../../nbs/models/21_export_stream.ipynb #a5d595dd
-def stream_program(encoder, graph: StreamGraph): # of torch.onnx
+def stream_program(encoder, graph: StreamGraph, opset: int | None = None): # of torch.onnx
     "The graph as ONNX, with any number of streams."
     streams, past = torch.export.Dim("streams", min=1, max=2**12), torch.export.Dim("past", max=2**20)
     state, position, cache = graph.empty(2)
@@ -148,7 +148,7 @@ def stream_program(encoder, graph: StreamGraph): # of torch.onnx
         names, shapes = [*names, "cache"], shapes | {"cache": {0: streams, 2: past}}
     graph(*example)  # what cannot be a graph says so itself
     outputs = ["frames" if graph.head is None else "logp", *(f"new_{name}" for name in names[1:])]
-    return torch.onnx.export(graph, tuple(example), dynamo=True, verbose=False, dynamic_shapes=shapes, input_names=names, output_names=outputs)
+    return torch.onnx.export(graph, tuple(example), dynamo=True, verbose=False, dynamic_shapes=shapes, input_names=names, output_names=outputs, opset_version=opset)
 
 
 def export_stream(
@@ -160,11 +160,13 @@ def export_stream(
     about: dict | None = None, # more metadata, plain values
     check: int = 20, # chunks over which it is compared with the encoder's own stream before `path` is written; 0: none
     tolerance: float = 1e-4, # largest difference allowed, as a share of the largest value
+    opset: int | None = None, # version of ONNX's operators, 18 or later; None: torch's own
     overwrite: bool = False, # replace a file that is there
 ) -> dict: # the metadata; raises EsslError where the encoder cannot stream, a package is missing, or the outputs differ
     "Write an encoder as a streaming ONNX file: one chunk of sound and the state in, its frames and the new state out. No loops, at most three states."
     expect(encoder, Encoder, "build_encoder, load_encoder or from_transformers", "encoder")
     needed("onnx", "onnxscript")
+    check_opset(opset)
     check_exportable(encoder)
     refuse_overwriting(path, overwrite)
     training = encoder.training
@@ -177,12 +179,12 @@ def export_stream(
             raise EsslError(f"frames={frames} was given, and this encoder looks ahead to the end of each chunk of {chunk}: a call takes one chunk. Leave frames out, or set_chunk({frames}).")
         graph = StreamGraph(encoder, frames, head).eval()
         with plain_torch(), torch.no_grad(), flat_loops():
-            program = stream_program(encoder, graph)
+            program = stream_program(encoder, graph, opset)
         loops = sorted({node.op_type for node in program.model_proto.graph.node} & {"Scan", "Loop"})
         if loops:
             raise EsslError(f"The graph of {encoder.config.mixer!r} holds {', '.join(loops)}; please report the configuration.")
         metadata = stream_metadata(encoder, graph, facts) | (about or {})
-        write_checked(program, path, metadata, (lambda part: stream_parity(part, encoder, graph, check)) if check else None, tolerance)
+        write_checked(program, path, metadata, (lambda part: stream_parity(part, encoder, graph, check)) if check else None, tolerance, opset)
         return metadata
     finally:
         encoder.train(training)

@@ -23,7 +23,7 @@ from ..core.extras import need
 from ..core.files import atomic_write
 from ..core.registry import EsslError
 from .encoder import Encoder
-from .export import needed, refuse_overwriting
+from .export import OLDEST, needed, refuse_overwriting
 
 # %% ../../nbs/models/22_few_bits.ipynb #84bd12fb
 @dataclass(frozen=True)
@@ -107,14 +107,21 @@ def read_exported(
     (onnx,) = needed("onnx")
     if not Path(path).is_file():
         raise EsslError(f"{path} is not there; give a file that essl_export wrote.")
+    torn = lambda e: EsslError(f"{path} is no whole ONNX file ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}); export it again.")
     try:
         model = onnx.load(path)
-        onnx.checker.check_model(model)
-    except Exception as e:  # whatever protobuf and the checker find
-        raise EsslError(f"{path} is no whole ONNX file ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}); export it again.") from e
+    except Exception as e:  # whatever protobuf finds
+        raise torn(e) from e
     about = {p.key: p.value for p in model.metadata_props}
-    if "essl_nb" not in about:
+    if model.ir_version and "essl_nb" not in about:
         raise EsslError(f"{path} was not exported by essl_nb (its metadata name {', '.join(about) or 'nothing'}); give a file that essl_export wrote.")
+    opset = next((o.version for o in model.opset_import if not o.domain), OLDEST)
+    if opset < OLDEST:
+        raise EsslError(f"{path} holds operators of set {opset}, and a file of essl_export those of {OLDEST} or later: something rewrote it; export it again.")
+    try:
+        onnx.checker.check_model(model)
+    except Exception as e:
+        raise torn(e) from e
     return model, about
 
 

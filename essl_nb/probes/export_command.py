@@ -39,6 +39,7 @@ def essl_export(
     stream: bool = False, # Chunk by chunk, with a state, for live sound; otherwise whole utterances
     chunk: int = 0, # With stream: frames of a call. 0: the encoder's own chunk, or 8 where it is causal; another number bounds a bidirectional encoder's look-ahead
     bits: str = "", # Smaller files to write beside it, with commas: int8, int8_weights, int4. encoder.onnx gets encoder.int8.onnx
+    opset: int = 0, # Version of ONNX's operators, 18 or later, for a runtime that reads no newer ones. 0: torch's own
     unchecked: bool = False, # Do not compare the file with PyTorch in onnxruntime
     overwrite: bool = False, # Replace files that are there
 ):
@@ -48,12 +49,12 @@ def essl_export(
         raise EsslError(f"--chunk {chunk} was given; it is a number of frames, and goes with --stream.")
     for scheme in schemes:
         scheme_of(scheme)
-    if target.suffix == ".pt2" and (stream or schemes or unchecked):
-        raise EsslError(f"{path} is to be a program of torch.export, which is written for whole utterances, in float32 and checked; give a name that ends in .onnx for --stream, --bits and --unchecked.")
+    if target.suffix == ".pt2" and (stream or schemes or unchecked or opset):
+        raise EsslError(f"{path} is to be a program of torch.export, which is written for whole utterances, in float32 and checked; give a name that ends in .onnx for --stream, --bits, --opset and --unchecked.")
     twins = {scheme: target.with_suffix(f".{scheme}{target.suffix}") for scheme in schemes}
     if not overwrite and (there := [str(p) for p in (target, *twins.values()) if p.exists()]):
         raise EsslError(f"{', '.join(there)} is there already; choose another name, or give --overwrite.")
-    told = write(Path(folder), target, stream, chunk, dict(overwrite=overwrite) | (dict(check=0) if unchecked else {}))
+    told = write(Path(folder), target, stream, chunk, dict(overwrite=overwrite) | (dict(check=0) if unchecked else {}) | (dict(opset=opset) if opset else {}))
     shown = ("mixer", "dim", "sample_rate", "frames_per_call", "algorithmic_latency_ms", "states", "state_bytes", "parity")
     print("\n".join(f"{name:24s}{told[name]:.3g}" if isinstance(told[name], float) else f"{name:24s}{told[name]}" for name in shown if name in told))
     print(f"{'file':24s}{path}, {target.stat().st_size / 1e6:.1f} MB", flush=True)

@@ -12,7 +12,9 @@ from essl_nb.core.registry import EsslError
 from essl_nb.mixers.base import baseline_mixer, list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
+from essl_nb.models.export import export_onnx
 from essl_nb.models.export_stream import export_stream
+from essl_nb.models.few_bits import quantise_file
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -66,7 +68,8 @@ def test_what_cannot_be_exported_is_refused_and_no_file_is_left(tmp_path):
     whole = next(n for n in list_mixers() if not mixers.get(n).obj.streams)
     for model, why, options in [
         (encoder(whole), "cannot stream|looks ahead", {}), (encoder(chunk_frames=8), "one chunk", dict(frames=4)), (encoder(chunk_frames=8).double(), "float32 on the CPU", {}),
-        (encoder(frontend="efficientnet2d", chunk_frames=8), "pads in each of its layers", {}), (torch.nn.Linear(3, 3), "encoder", {}),
+        (encoder(frontend="efficientnet2d", chunk_frames=8), "pads in each of its layers", {}), (encoder(chunk_frames=8), "opset 11 was asked for; allowed here: 18 to", dict(opset=11)),
+        (encoder(chunk_frames=8), "opset 1000", dict(opset=1000)), (torch.nn.Linear(3, 3), "encoder", {}),
     ]:
         with pytest.raises(EsslError, match=why):
             export_stream(model, path, **options)
@@ -75,6 +78,16 @@ def test_what_cannot_be_exported_is_refused_and_no_file_is_left(tmp_path):
     with pytest.raises(EsslError, match="is there already"):
         export_stream(encoder(chunk_frames=8), path)
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("opset", [18, pytest.param(23, marks=pytest.mark.slow)])
+def test_an_older_and_a_newer_set_of_operators(opset, tmp_path):
+    model = encoder(chunk_frames=8)
+    for write, name in ((export_stream, "stream.onnx"), (export_onnx, "whole.onnx")):
+        told = write(model, tmp_path / name, opset=opset)
+        assert told["opset"] == opset == onnx.load(tmp_path / name).opset_import[0].version and told["parity"] < 1e-4
+    small = quantise_file(tmp_path / "whole.onnx", tmp_path / "small.onnx", "int4")
+    assert 0 < float(small["difference"]) < 0.2
 
 
 def test_the_consumer_in_docs_runs_it_without_torch(tmp_path):

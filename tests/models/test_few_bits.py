@@ -101,9 +101,12 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_written(files, tmp_p
     (tmp_path / "torn.onnx").write_bytes((files / "whole.onnx").read_bytes()[:20000])
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g",
               [onnx.helper.make_tensor_value_info("x", 1, [1])], [onnx.helper.make_tensor_value_info("y", 1, [1])])), tmp_path / "foreign.onnx")
+    old = onnx.load(files / "whole.onnx")
+    old.opset_import[0].version = 11
+    onnx.save(old, tmp_path / "old.onnx")
     there = sorted(p.name for p in tmp_path.iterdir())
     for source, target, scheme, why in ((small, "new.onnx", "int8", "quantised already"), (tmp_path / "torn.onnx", "new.onnx", "int8", "no whole ONNX file"),
-                                        (tmp_path / "foreign.onnx", "new.onnx", "int8", "not exported by essl_nb"), (tmp_path / "none.onnx", "new.onnx", "int8", "is not there"),
+                                        (tmp_path / "foreign.onnx", "new.onnx", "int8", "not exported by essl_nb"), (tmp_path / "none.onnx", "new.onnx", "int8", "is not there"), (tmp_path / "old.onnx", "new.onnx", "int8", "operators of set 11"),
                                         (files / "whole.onnx", "small.onnx", "int8", "there already"), (files / "whole.onnx", "new.onnx", "int3", "no scheme 'int3'")):
         with pytest.raises(EsslError, match=why):
             quantise_file(source, tmp_path / target, scheme)
