@@ -103,7 +103,8 @@ def error_message(parser, message: str) -> str: # one sentence
     if wrong := re.search(r'[Kk]ey "([\w.]+)": .*Got value: (.*)$', message):
         name, value = wrong.groups()
         hint = kinds.get(name)
-        return f"--{name} {value} was given; it takes {in_words(hint) if hint else 'something else'}."
+        listed = f" Write it in brackets and quotes: --{name} '[{value}]'." if typing.get_origin(hint) is tuple and "[" not in value else ""
+        return f"--{name} {value} was given; it takes {in_words(hint) if hint else 'something else'}.{listed}"
     if unknown := re.match(r"unrecognized arguments: (--?)?([\w.]+)", message):
         close = difflib.get_close_matches(unknown[2], kinds, n=3, cutoff=0.6) if unknown[1] else []
         close = close or [k for k in kinds if k.split(".")[-1] == unknown[2]]
