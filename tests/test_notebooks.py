@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import check
 
-HEAVY = ["torch", "torch.utils.flop_counter", "numpy", "numba", "pandas", "plotly.graph_objects", "plotly.subplots", "huggingface_hub.hf_api", "nbformat.v4", "nbdev.test", "execnb.shell", "pytest"]
+HEAVY = ["torch", "torch.utils.flop_counter", "torch._dynamo", "torch._inductor", "torch.distributed", "torch.export", "sympy", "networkx", "scipy.linalg", "numpy", "numba", "pandas", "plotly.graph_objects", "plotly.subplots", "huggingface_hub.hf_api", "nbformat.v4", "nbdev.test", "execnb.shell", "pytest"]
 SECONDS = 900  # for one notebook on a busy machine; alone, about 20 are the rule
 
 

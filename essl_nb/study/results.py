@@ -129,8 +129,10 @@ def row_error(row) -> str: # a few words, or nothing
     if row["kind"] == "score":
         number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
         for s in (v, *(v.get("also") or ())):
-            pairs = isinstance(s, dict) and isinstance(s.get("units"), list) and all(isinstance(u, list) and len(u) == 2 and all(map(number, u)) for u in s["units"])
-            if not pairs or not number(s.get("value")):
+            units = s.get("units") if isinstance(s, dict) else None
+            pairs = isinstance(units, list) and all(type(u) is list and len(u) == 2 for u in units)
+            counts = [x for u in units for x in u] if pairs else [None]
+            if not {*map(type, counts)} <= {int, float} or not all(map(math.isfinite, counts)) or not number(s.get("value")):
                 return "is a score without its value or without the counts of each utterance"
     return ""
 
