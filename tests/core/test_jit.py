@@ -162,7 +162,7 @@ def test_imports_are_followed_by_every_spelling(package):
 @pytest.mark.parametrize("prepare, env, reason", [
     ("", {"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT"),
     pytest.param("import sys; sys.modules['numba'] = None", {}, "cannot be imported", marks=pytest.mark.slow),
-    ("import numba; numba.__version__ = '0.50.1'", {}, "Numba 0.50.1"),
+    pytest.param("import numba; numba.__version__ = '0.50.1'", {}, "Numba 0.50.1", marks=pytest.mark.slow),
     pytest.param("import sys; sys.modules['llvmlite'] = None", {}, "cannot be imported", marks=pytest.mark.slow),
 ], ids=["switched off", "no Numba", "an old Numba", "no llvmlite"])
 def test_without_a_compiler_everything_runs_and_says_on_what(tmp_path, prepare, env, reason):

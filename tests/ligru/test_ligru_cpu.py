@@ -144,7 +144,8 @@ def test_pythons_threads_give_what_openmps_do(monkeypatch):
 
 
 @pytest.mark.skipif(threads.openmp_library() is None, reason="torch has no OpenMP library of GCC's here")
-@pytest.mark.parametrize("setting, trusted", [({}, True), ({"OMP_THREAD_LIMIT": "1"}, False), ({"OMP_DYNAMIC": "true"}, False), ({"OMP_NUM_THREADS": "1"}, True)], ids=str)
+@pytest.mark.parametrize("setting, trusted", [({}, True), ({"OMP_THREAD_LIMIT": "1"}, False), pytest.param({"OMP_DYNAMIC": "true"}, False, marks=pytest.mark.slow),
+                                              pytest.param({"OMP_NUM_THREADS": "1"}, True, marks=pytest.mark.slow)], ids=str)
 def test_openmp_is_asked_only_where_it_gives_all_threads(setting, trusted):
     code = """
 import torch

@@ -142,7 +142,7 @@ finetune_words(from_json(FinetuneConfig, json.loads({json.dumps(json.dumps(vars(
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "kill -9"])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL], ids=["SIGTERM", "kill -9"])
 def test_a_signal_stops_a_run_that_resumes_to_the_same_bits(number, config, finished, tmp_path):
     folder = tmp_path / "b"
     log = folder / "metrics.jsonl"
