@@ -113,7 +113,7 @@ def read_exported(
     except Exception as e:  # whatever protobuf finds
         raise torn(e) from e
     about = {p.key: p.value for p in model.metadata_props}
-    if model.ir_version and "essl_nb" not in about:
+    if model.ir_version and "essl_nb" not in about:  # without a version it is no ONNX at all, which the checker says below
         raise EsslError(f"{path} was not exported by essl_nb (its metadata name {', '.join(about) or 'nothing'}); give a file that essl_export wrote.")
     opset = next((o.version for o in model.opset_import if not o.domain), OLDEST)
     if opset < OLDEST:

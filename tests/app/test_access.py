@@ -262,7 +262,6 @@ def test_a_broken_neighbour_is_named_and_the_page_lives(server):
         assert "highest" in ask("opened"), "and the page goes on"
 
 
-@pytest.mark.slow
 def test_a_proxy_is_not_asked_for_loopback(made, tmp_path):
     proxy = {k: "http://127.0.0.1:9" for k in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")} | dict(NO_PROXY="", no_proxy="")
     process, address = start(tmp_path, *made, **proxy)

@@ -145,7 +145,6 @@ def build_and_name(name: str) -> str:
     return type(build_mixer(name, 16)).__name__
 
 
-@pytest.mark.slow
 def test_a_study_and_a_cost_card_of_nothing_but_guests(guests, tmp_path):
     config = dict(mixer=NAME, dim=16, depth=1, block=WORD, frontend=WORD)
     sounds = tmp_path / "sounds"

@@ -103,6 +103,12 @@ def test_bad_input_is_one_sentence_and_status_2(name, tmp_path, monkeypatch):
     assert status == 2 and err.count("\n") == 1 and "Traceback" not in err and err.startswith(name), err
 
 
+def test_a_list_without_brackets_is_shown_with_them():
+    status, _, err = told(command.essl_finetune, "x", "--chunks", "null,32,8")
+    assert status == 2 and "--chunks '[null,32,8]'" in err
+    assert command.essl_finetune.parse(["x", "--chunks", "[null,32,8]"])["settings"]["chunks"] == (None, 32, 8)
+
+
 def test_dashes_and_underscores_are_one():
     said = [command.essl_pretrain.parse([NAME, option, "8"]) for option in ("--batch-seconds", "--batch_seconds")]
     assert said[0] == said[1] and said[0]["settings"] == {"batch_seconds": 8.0}

@@ -139,7 +139,6 @@ def test_another_number_of_processes_is_refused_in_all_of_them(shared, clips):
         pretrain(replace(settings(clips, objective="clusters", encoder=dict(dropout=0.1)), steps=8), folder, progress=False)
 
 
-@pytest.mark.slow
 def test_a_stop_of_one_process_stops_all_and_the_run_goes_on_exactly(clips, tmp_path):
     config = settings(clips)
     assert together(config, tmp_path / "straight")[0] == [0, 0]
