@@ -6,10 +6,10 @@
 __all__ = ['hours_to_reach', 'load_learning', 'learning_table']
 
 # %% ../../nbs/study/06_learning.ipynb #d0edc18f
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
-
-from pathlib import Path
 
 from ..core.files import read_lines
 from ..core.registry import EsslError
@@ -52,7 +52,7 @@ def learning_table(
     against: str, # the encoder that sets the level and is compared with
     share: float = 0.9, # the level: this share of its last value
     column: str = "valid_masked_accuracy", # of the curves, higher is better
-) -> pd.DataFrame: # a row for each encoder, least audio first: hours (mean over seeds), low, high (over seeds), seeds, ratio to `against`; `attrs["level"]`
+) -> pd.DataFrame: # a row for each encoder, least audio first: hours (mean over seeds), low, high (over seeds), seeds, ratio to `against`; `attrs["level"]`; NaN where a seed does not reach it
     "How much audio each encoder hears until it is as good. Raises EsslError for a column or an encoder that is not there, and for more than one objective."
     if column not in curves:
         raise EsslError(f"The curves have no column {column!r}; they have {', '.join(c for c in curves if c.startswith('valid'))}.")
@@ -64,7 +64,7 @@ def learning_table(
     level, rows = share * float(np.mean(last)), []
     for encoder, runs in curves.groupby("encoder", sort=False):
         found = [hours_to_reach(r.hours, getattr(r, column), level) for r in runs.itertuples()]
-        rows.append(dict(encoder=encoder, hours=float(np.mean(found)), low=min(found), high=max(found), seeds=len(found)))
+        rows.append(dict(encoder=encoder, hours=float(np.mean(found)), low=float(np.min(found)), high=float(np.max(found)), seeds=len(found)))
     table = pd.DataFrame(rows).sort_values("hours", ignore_index=True)
     table["ratio"] = table.hours / table.hours[table.encoder == against].iloc[0]
     table.attrs["level"] = level
