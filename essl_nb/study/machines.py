@@ -43,11 +43,12 @@ def is_counted(column: str) -> bool: # a column of a card, without the card's na
 def machines_of(
     frame: pd.DataFrame, # from `load_results`
 ) -> pd.Series: # name → encoders that have a cost card (without any: a run) from there; those with most first
-    "The machines that measured the costs of a study."
+    "The machines that measured the costs of a study; of two with as many encoders, the one with more cards first."
     cards = frame[frame.kind == "cost"] if "machine" in frame else frame.iloc[:0]
     cards = frame[frame.kind == "run"] if not len(cards) and "machine" in frame else cards
-    counts = cards.groupby("machine").encoder.nunique() if len(cards) else pd.Series(dtype=int)
-    return counts.sort_index().sort_values(ascending=False, kind="stable")
+    if not len(cards):
+        return pd.Series(dtype=int)
+    return cards.groupby("machine").encoder.agg(["nunique", "size"]).sort_values(["nunique", "size"], ascending=False)["nunique"]
 
 
 def chosen_machine(
