@@ -81,7 +81,7 @@ def onnx_recurrent(cell: str, H: int, path) -> None: # cell: "GRU" or "LSTM"
     graph = helper.make_graph([node], cell, inputs, outputs, weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
 
-
+# %% ../../nbs/costs/11_step_bench.ipynb #739fb1ce
 def onnx_step(cell: str, bits: int, H: int, C: int): # a function of (1,C,H)
     "ONNX Runtime's operator on one thread; bits: 32, or 8 by quantize_dynamic, where it quantises the operator."
     import onnx
@@ -109,7 +109,7 @@ def onnx_step(cell: str, bits: int, H: int, C: int): # a function of (1,C,H)
         return y
     return call
 
-
+# %% ../../nbs/costs/11_step_bench.ipynb #2ed253f2
 STEP_CONTESTANTS = { # name in rows → function of H and C
     "LiGRU float32": partial(layer_step, lambda H: pack_step(LiGRU(H, H).eval(), "float32")),
     "LiGRU bfloat16": partial(layer_step, lambda H: pack_step(LiGRU(H, H).eval(), "bfloat16")),

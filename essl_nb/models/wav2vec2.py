@@ -223,7 +223,7 @@ def prove_same(
             "or HuBERT."
         )
 
-
+# %% ../../nbs/models/17_wav2vec2.ipynb #eb4b7e6b
 def from_torchaudio(
     model, # a torchaudio Wav2Vec2Model, a bundle's model, a HuBERTPretrainModel, or a state dict of one
     *,

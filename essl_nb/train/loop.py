@@ -213,7 +213,7 @@ def plain_numbers(row: dict) -> dict:
     "Numbers that are not finite become None, null in JSON."
     return {k: v if math.isfinite(v) else None for k, v in row.items()}
 
-
+# %% ../../nbs/train/08_loop.ipynb #50512650
 class Watch:
     "Looks for alarms in the log of a run, resumed ones included; a new one is printed once."
 
@@ -233,7 +233,7 @@ class Watch:
         self.told |= {one.name for one in found}
         return found
 
-
+# %% ../../nbs/train/08_loop.ipynb #b8d27b65
 def log(folder: Path, board, step: int, row: dict, found: list):
     "One line of metrics.jsonl, with the names of alarms, and the same to TensorBoard. Raises EsslError when the disk is full."
     raised = dict(alarms=[one.name for one in found]) if found else {}
@@ -244,7 +244,7 @@ def log(folder: Path, board, step: int, row: dict, found: list):
     except OSError as e:
         raise explain_write_error(e, folder / "tensorboard") from e
 
-
+# %% ../../nbs/train/08_loop.ipynb #6f5a7ada
 def bar_for(run: Run, progress: bool):
     "The progress bar, with the time left."
     c = run.config

@@ -204,7 +204,7 @@ def forward_frames(
             if x is not None:
                 x[first : first + n].copy_(b[name][:n])
 
-
+# %% ../../../nbs/ligru/gpu/04_graph.ipynb #7caf6bf0
 def backward_frames(
     shape: KernelShape,
     engine,
