@@ -217,7 +217,7 @@ def within_reach(
     seconds, # durations, s
 ) -> tuple: # durations that all can take, and those that are left out
     "Split durations by the longest utterance that each mixer takes. Raises EsslError where none is left."
-    longest = min(e.frame_seconds * (b.mixer.max_frames or math.inf) for e in map(meta_encoder, configs) for b in e.blocks)
+    longest = min(e.frame_seconds * b.rate * (b.mixer.max_frames or math.inf) for e in map(meta_encoder, configs) for b in e.blocks)
     reached = [s for s in seconds if s <= longest + 1e-6]
     if not reached:
         raise EsslError(

@@ -61,6 +61,7 @@ class Block(nn.Module):
     "A mixer, the norm before it, dropout after it. A block of your own adds what it likes around `mixed`."
     norms_last = False  # True: the block ends in a norm, so the encoder's own norm comes before the first block
     streams = False  # True: it has a `step`, wherever its mixer has one
+    rate = 1  # frames of the encoder in one frame of the mixer
 
     def __init__(self,
         dim: int, # width of the frames
@@ -74,6 +75,19 @@ class Block(nn.Module):
         self.mixer = build_mixer(mixer, dim, causal=causal, **mixer_kw)
         self.mixer_norm = nn.Identity() if self.mixer.whole_block else nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def stack(cls,
+        dim: int, # width of the frames
+        depth: int, # blocks
+        **options, # of each
+    ) -> list: # of blocks
+        "The blocks of an encoder: equal ones, where a subclass says nothing else."
+        return [cls(dim, **options) for _ in range(depth)]
+
+    def grouped(self, x: Tensor, mask: Tensor | None = None) -> tuple: # (B,T,D), (B,T)
+        "The frames that the mixer's half sees: all of them, where a subclass says nothing else."
+        return x, mask
 
     def mixed(self, x: Tensor, mask: Tensor | None, layer_state: dict | None) -> tuple: # (B,T,D), layer_state
         "What the mixer adds to the frames, and the layer state for the next block."

@@ -19,7 +19,7 @@ Position = Literal["auto", "sinusoidal", "convolutional", "stacked", "none"]
 POSITIONS = get_args(Position)
 POSITION_KERNEL, POSITION_GROUPS = 128, 16  # of the positional convolution: frames that it spans, groups of features
 STACKED_KERNEL, STACKED_DEPTH = 19, 5  # of data2vec's stack of positional convolutions: frames that each spans, how many
-BLOCK_WORDS = ("dim", "mixer", "mixer_kw", "ff_mult", "dropout", "causal")  # what the encoder itself hands to front ends and blocks
+BLOCK_WORDS = ("dim", "depth", "mixer", "mixer_kw", "ff_mult", "dropout", "causal")  # what the encoder itself hands to front ends and blocks
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class EncoderConfig:
         from essl_nb.models.frontend import frontends
 
         for registry, name, kw in ((mixers, self.mixer, "mixer_kw"), (frontends, self.frontend, "frontend_kw"), (blocks, self.block, "block_kw")):
-            check_options(registry.get(name).obj, getattr(self, kw), kw)
+            made = registry.get(name).obj
+            made = made.stack if "stack" in vars(made) else made  # blocks that differ are made by their class together
+            check_options(made, getattr(self, kw), kw)
             given = () if registry is mixers else getattr(self, kw)  # a mixer's own constructor names what it does not take
-            allowed = [a for a in inspect.signature(registry.get(name).obj).parameters if a not in BLOCK_WORDS]
+            allowed = [a for a in inspect.signature(made).parameters if a not in BLOCK_WORDS]
             for word in given:
                 if word not in allowed:
                     raise EsslError(f"The {registry.kind} {name!r} takes no option {word!r}: {nearest(word, allowed)}.")

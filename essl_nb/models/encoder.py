@@ -112,7 +112,7 @@ class Encoder(Hub, nn.Module):
         c = self.config = expect(config, EncoderConfig, "EncoderConfig('attention', dim=192) or named_config('small', 'attention')")
         self.frontend = frontends.get(c.frontend)(c.dim, causal=c.causal, **c.frontend_kw)
         options = dict(mixer=c.mixer, mixer_kw=c.mixer_kw, ff_mult=c.ff_mult, dropout=c.dropout, causal=c.causal, **c.block_kw)
-        self.blocks = nn.ModuleList(blocks.get(c.block)(c.dim, **options) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(blocks.get(c.block).obj.stack(c.dim, c.depth, **options))
         for block in self.blocks[1:]:
             block.mixer.follow()  # it gets its layer state from the block before: drop parameters that only a first mixer needs
         self.norm = nn.LayerNorm(c.dim)
@@ -229,7 +229,7 @@ def set_chunk(self: Encoder,
         raise EsslError(f"position={self.config.position!r} looks ahead by itself; a bounded look-ahead needs auto, sinusoidal or none.")
     for block in self.blocks:
         block.set_chunk(frames)
-    self.chunk_frames = self.blocks[0].mixer.chunk_frames
+    self.chunk_frames = None if self.config.causal else frames
     if self.chunk_frames != self.config.chunk_frames:  # so that what is saved is what was set
         self.config = replace(self.config, chunk_frames=self.chunk_frames)
 

@@ -27,11 +27,16 @@ HIDING_NOISE = 0.1  # standard deviation of what replaces a hidden frame, in uni
 def hide(
     x: Tensor, # (B,T,F) normalised log-mel
     hidden: Tensor, # (B,T) bool, True = hidden
-    generator: torch.Generator | None = None, # source of the noise
+    generator: torch.Generator | list | None = None, # source of the noise; a list: one of each utterance, whose noise then depends on nothing else
 ) -> Tensor: # (B,T,F)
     "Put noise in the place of hidden frames (BEST-RQ, 2202.01855)."
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) * HIDING_NOISE
-    return torch.where(hidden[..., None], noise, x)
+    draw = lambda shape, of: torch.randn(shape, generator=of, device=x.device, dtype=x.dtype) * HIDING_NOISE
+    if not isinstance(generator, list):
+        return torch.where(hidden[..., None], draw(x.shape, generator), x)
+    x = x.clone()
+    for utterance, where, own in zip(x, hidden, generator, strict=True):
+        utterance[where] = draw((int(where.sum()), x.shape[-1]), own)
+    return x
 
 # %% ../../nbs/models/01_frontend.ipynb #7b940321
 class Constants(nn.Module):

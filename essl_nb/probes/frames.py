@@ -281,15 +281,16 @@ class Source:
         mean, std = torch.as_tensor(self.features.mean), torch.as_tensor(self.features.std)
         return (mel - mean.float()) / std.float()
 
-    def layers(self, raws: list, spans: list | None = None, seed: int = 0, names: list | None = None):
-        "Every layer of a batch: (B,T,L,D) float32 and lengths (B,). `spans`: (T,) bool of each. Raises EsslError for NaN and infinity."
+    def layers(self, raws: list, spans: list | None = None, names: list | None = None):
+        "Every layer of a batch: (B,T,L,D) float32 and lengths (B,). `spans`: (T,) bool of each, hidden by noise that its name decides. Raises EsslError for NaN and infinity."
         raw, lengths = pad_sequences(raws)
         span = pad_sequences(spans)[0].to(self.device) if spans else None
-        generator = torch.Generator(self.device).manual_seed(derive_seed("hiding noise", seed)) if spans else None
+        noise = lambda name: torch.Generator(self.device).manual_seed(derive_seed("hiding noise", name))
+        names = list(range(len(raws)) if names is None else names)
         with evaluation_mode(self.encoder), torch.inference_mode(), autocast(self.precision, self.device):
-            out = self.encoder.from_features(raw.to(self.device), lengths.to(self.device), span=span, generator=generator)
+            out = self.encoder.from_features(raw.to(self.device), lengths.to(self.device), span=span, generator=[noise(name) for name in names] if spans else None)
         layers, lengths = torch.stack([x.float() for x in out.layers], 2).cpu(), out.lengths.cpu()
-        check_frames(layers, lengths, names or range(len(raws)))
+        check_frames(layers, lengths, names)
         return layers, lengths
 
     def frames(self,
@@ -348,7 +349,7 @@ def read_layers(source: Source, utterances: list, spans, keep, progress) -> Fram
     for batch in duration_batches([source.raw_length(u) for u in some], int(source.batch_seconds * source.rate)):
         names = [some[i].id for i in batch]
         hidden = [spans[id] for id in names] if spans else None
-        layers, lengths = source.layers([source.raw(some[i]) for i in batch], hidden, names[0], names)
+        layers, lengths = source.layers([source.raw(some[i]) for i in batch], hidden, names)
         if lengths.tolist() != (wanted := [full[id] for id in names]):
             raise EsslError(
                 f"The encoder gave {lengths.tolist()} frames where its front end's `out_lengths` says {wanted}; "

@@ -127,7 +127,7 @@ def influence_map(
                 values = maps[kind][::step]
     finally:
         encoder.train(training)
-    return MixingMap(values.detach().abs().float().numpy(), kind, layer, encoder.frame_seconds, step)
+    return MixingMap(values.detach().abs().float().numpy(), kind, layer, encoder.frame_seconds * encoder.blocks[layer - 1].rate, step)
 
 # %% ../../nbs/viz/03_mixing.ipynb #7a96ff43
 def reach(
