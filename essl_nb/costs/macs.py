@@ -54,7 +54,7 @@ def counted_parts(config: EncoderConfig, seconds: float) -> dict: # as `encoder_
     if encoder.position is not None:
         x, position = counted(encoder.position, x)
     parts = {"features": features, "frontend": stem, "position": position, "mixer": 0, "rest": 0}
-    for block in encoder.blocks:
+    for block in (b for b in encoder.blocks if b.active):
         _, mixing = counted(block.mixer.mix, block.grouped(x)[0], None, layer_state)
         (x, layer_state), whole = counted(block, x, None, layer_state)
         parts["mixer"] += mixing

@@ -62,6 +62,7 @@ class Block(nn.Module):
     norms_last = False  # True: the block ends in a norm, so the encoder's own norm comes before the first block
     streams = False  # True: it has a `step`, wherever its mixer has one
     rate = 1  # frames of the encoder in one frame of the mixer
+    loop, active = 0, True  # how many blocks right before it are the same one; False: it lies behind an exit and passes frames on
 
     def __init__(self,
         dim: int, # width of the frames

@@ -24,7 +24,7 @@ from ..core.intervals import ratio
 from ..core.precision import autocast
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, pad_sequences
-from ..models.encoder import check_chunks, draw_chunk
+from ..models.encoder import check_chunks, draw_form
 from .frames import device_of, duration_batches, in_float32, raw_rate, reads_mel
 from .phones import few_labels, in_split, phone_classes, phone_part, spoken
 from .probe import Score, probes, untrained
@@ -287,7 +287,7 @@ def fit(
         model.train()
         total = 0.0
         for batch in batches:
-            draw_chunk(getattr(model, "encoder", None), recipe.chunks, recipe.seed, step)
+            draw_form(getattr(model, "encoder", None), {"chunk": recipe.chunks}, recipe.seed, step)
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr * rate(step, steps, recipe.warmup)
             given = masked_batch(model, [raws[i] for i in batch], fill, [seeded("masks", recipe.seed, epoch, i) for i in batch])

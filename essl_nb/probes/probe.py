@@ -25,7 +25,7 @@ from ..core.intervals import bootstrap_interval, ids_hash, ratio
 from ..core.precision import plain_torch
 from ..core.registry import EsslError, Registry
 from ..data.corpus import load_corpus
-from ..models.encoder import build_encoder, chunk_set
+from ..models.encoder import build_encoder, form_set
 from ..models.few_bits import quantised
 from .frames import Baseline, Source, device_of, open_encoder
 from .heads import heads
@@ -180,6 +180,8 @@ def run_probe(
     precision: str = "auto", # of the encoder's forward pass: auto, bf16 or fp32
     device: str | None = None, # where the encoder runs, "cpu" or "cuda"; where it is by default, and it is put back there
     chunk_frames: int | None = None, # look-ahead of the encoder while it is scored, frames of a chunk; None: its own
+    exit: int | None = None, # of a looped encoder, uses of the repeated block; None: its own
+    rounding: str | None = None, # of the blocks' linear weights: int4, ternary, or none for weights in full; None: its own
     bits: str | None = None, # weights of few bits while it is scored: a name of models.few_bits.SCHEMES; None: its own
     **options, # the probe's own, such as span_ms
 ) -> Score:
@@ -205,7 +207,8 @@ def run_probe(
                 f"The probe {probe!r} needs {needs} labels and this corpus has none; it can run: "
                 f"{', '.join(runnable(corpus)) or 'no probe'}."
             )
-        with on_device(encoder, device), nullcontext() if chunk_frames is None else chunk_set(encoder, chunk_frames):
+        form = {name: None if value == "none" else value for name, value in dict(chunk=chunk_frames, exit=exit, rounding=rounding).items() if value is not None}
+        with on_device(encoder, device), form_set(encoder, **form) if form else nullcontext():
             source = Source(encoder, corpus.features(progress=progress), memo=memo, precision=precision)
             score = entry.obj(Job(probe, source, corpus, head, labels, seed, split, progress), **options)
     times = dict(seconds=round(time.perf_counter() - began, 2), cpu_seconds=round(time.process_time() - cpu_began, 2))

@@ -17,7 +17,7 @@ from ..core.files import save_tensors, write_json
 from ..core.precision import autocast
 from ..core.registry import EsslError
 from ..core.shapes import lengths_to_mask, pad_sequences
-from ..models.encoder import check_chunks, draw_chunk
+from ..models.encoder import check_chunks, draw_form
 from .decode import TextEvaluation, greedy_texts
 from .finetune import Diverged, Recogniser, ctc, ctc_weights, frames_needed, fresh_copy, masked_batch, seeded
 from .frames import Source, duration_batches, fingerprint, open_encoder
@@ -182,7 +182,7 @@ def words_step(
     for group in run.optimiser.param_groups:
         group["lr"] = rate * group["scale"]
     run.freeze()
-    draw_chunk(run.model.encoder, c.chunks, c.seed, run.step)
+    draw_form(run.model.encoder, {"chunk": c.chunks}, c.seed, run.step)
     run.model.train()
     run.optimiser.zero_grad(set_to_none=True)
     row = dict(loss=None, grad_norm=None)

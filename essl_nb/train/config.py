@@ -45,6 +45,8 @@ class PretrainConfig:
     masking: dict = later({})  # {"preset": "wav2vec2"} or fields of Masking; empty: spans of span_seconds that hide span_share
     reading: Reading = later("auto")  # stored: log-mel and targets computed first; streamed: sound read and analysed step by step
     chunks: tuple[int | None, ...] = later(())  # look-aheads to train for: each step draws one, frames of a chunk or null for the whole utterance; empty: the encoder's own
+    exits: tuple[int | None, ...] = later(())  # exits to train for: each step draws one, uses of a repeated block or null for all; empty: the encoder's own
+    roundings: tuple[str | None, ...] = later(())  # roundings to train for: each step draws one, int4, ternary, or null for weights in full; empty: the encoder's own
     start: str = later("")  # an encoder whose weights training begins with, another mixer's too: a folder, published weights, a name on the hub; "": random ones
 
     def __post_init__(self):
@@ -75,6 +77,10 @@ class PretrainConfig:
         if not 0 < self.span_share < 1:
             raise EsslError(f"span_share={self.span_share} was given; it must lie between 0 and 1.")
         self.masked()
+
+    def forms(self) -> dict: # chunk, exit, rounding → what each step draws one of
+        "What one set of weights is trained for."
+        return {"chunk": self.chunks, "exit": self.exits, "rounding": self.roundings}
 
     def masked(self): # Masking
         "Which frames are hidden. Raises EsslError for a preset that is unknown and for numbers out of range."

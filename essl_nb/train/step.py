@@ -19,7 +19,7 @@ from ..core.shapes import lengths_to_mask
 from ..data.audio import LogMelSpec
 from ..data.batches import Batch
 from ..data.loader import Loader
-from ..models.encoder import build_encoder, draw_chunk
+from ..models.encoder import build_encoder, draw_form, form_of, set_form
 from ..models.published import start_from
 from ..objectives.health import health_of, recurrent_bound, silent_share
 from ..objectives.objective import build_objective
@@ -102,8 +102,9 @@ class Run:
         self.ranks, self.device = ranks or Ranks(str(device)), device
         self.precision = precision or choose_precision(c.precision, device).name
         self.encoder = build_encoder(c.encoder, seed=c.seed).to(device)
-        for frames in (*c.chunks, c.encoder.chunk_frames):  # a look-ahead that cannot be is refused at once
-            self.encoder.set_chunk(frames)
+        for name, choices in c.forms().items():  # a look-ahead, exit or rounding that cannot be is refused at once
+            for value in (*choices, form_of(c.encoder)[name]):
+                set_form(self.encoder, **{name: value})
         if c.start:
             inherited = start_from(self.encoder, c.start)
             if progress:
@@ -194,7 +195,7 @@ def train_step(run: Run) -> dict: # numbers for the log
     for group in run.optimiser.param_groups:
         group["lr"] = rate
     run.objective.at_step(run.step, run.stages[-1])
-    draw_chunk(run.encoder, c.chunks, c.seed, run.step)
+    draw_form(run.encoder, c.forms(), c.seed, run.step)
     run.optimiser.zero_grad(set_to_none=True)
     begin_step(run.wrapped)
     before = [b.clone() for b in run.network.buffers()]
@@ -222,9 +223,9 @@ def train_step(run: Run) -> dict: # numbers for the log
 # %% ../../nbs/train/06_step.ipynb #82fac48f
 @torch.no_grad()
 def health_report(run: Run) -> dict: # masked loss and accuracy, code usage, effective rank
-    "Health on fixed batches of the valid split, with the encoder's own look-ahead."
+    "Health on fixed batches of the valid split, in the encoder's own form."
     run.network.eval()
-    run.encoder.set_chunk(run.config.encoder.chunk_frames)
+    set_form(run.encoder, **form_of(run.config.encoder))
     frames, hidden, codes, sums = [], [], [], {}
     for i, batch in enumerate(run.feed.health):
         generator = torch.Generator().manual_seed(derive_seed("watch", i))
