@@ -61,7 +61,7 @@ def without_tied(block, state: dict, prefix: str, _):
 def with_tied(block, state: dict, prefix: str, *_):
     "What is shared was loaded into the first block that uses it."
     named = dict(block.named_parameters(remove_duplicate=False))
-    state.update({prefix + name: named[name].detach() for name in block.tied})
+    state.update({prefix + name: named[name].detach() for name in block.tied if name in named})  # but for what only a first mixer needs
 
 # %% ../../nbs/models/07d_looped.ipynb #6b461c31
 def usual_sharing(depth: int) -> tuple: # of ints, one for each block
