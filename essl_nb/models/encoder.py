@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITION_MODULES', 'FORMS', 'sinusoids', 'ConvolutionalPosition', 'StackedPosition', 'initialise', 'Encoded',
-           'Encoder', 'form_of', 'form_set', 'check_chunks', 'draw_form', 'set_form', 'build_encoder', 'load_encoder']
+           'Encoder', 'linear_weights', 'check_packing', 'form_of', 'form_set', 'check_chunks', 'draw_form', 'set_form',
+           'build_encoder', 'load_encoder']
 
 # %% ../../nbs/models/14_encoder.ipynb #b5acc6ef
 import math
@@ -22,12 +23,12 @@ from ..core.config import derive_seed, expect
 from ..core.registry import EsslError
 from ..core.shapes import mask_of, zero_pads
 from .block import blocks
-from .checkpoint import read_checkpoint, write_checkpoint
+from .checkpoint import PACKED, read_checkpoint, write_checkpoint
 from .config import POSITION_GROUPS, POSITION_KERNEL, STACKED_DEPTH, STACKED_KERNEL, EncoderConfig
 from .entry import check_features, check_span, check_wave
 from .frontend import frontends
 from .hub import Hub
-from .looped import leave_at
+from .looped import SharedLinear, leave_at
 from .low_bits import round_weights
 from .stream import Stream
 
@@ -210,12 +211,15 @@ class Encoder(Hub, nn.Module):
 
     def save(self,
         folder, # where; made if missing
-        dtype: torch.dtype | None = None, # of the stored weights: torch.float16 halves the size, torch.int8 quarters it
+        dtype: torch.dtype | str | None = None, # of the stored weights: torch.float16 halves the size, torch.int8 quarters it; "int4", "ternary": linear layers of the blocks
     ) -> Path:
-        "Write config.json and model.safetensors. Raises EsslError when the disk is full; an older checkpoint then stays whole."
-        state, trained = self.state_dict(), dict(self.named_parameters())
+        "Write config.json and model.safetensors. Raises EsslError for weights that cannot be stored so, or when the disk is full; an older checkpoint then stays whole."
+        state, trained, config = self.state_dict(), dict(self.named_parameters()), self.config
         weights = {name: t for name, t in state.items() if name in trained}
-        return write_checkpoint(folder, self.config, weights, {name: t for name, t in state.items() if name not in trained}, dtype)
+        if isinstance(dtype, str):
+            check_packing(self, dtype)
+            config = replace(config, rounding=None)  # what lies in the file is rounded already
+        return write_checkpoint(folder, config, weights, {name: t for name, t in state.items() if name not in trained}, dtype, linear_weights(self))
 
     @classmethod
     def load(cls, folder):
@@ -245,6 +249,22 @@ def set_exit(self: Encoder,
     if exit != (now := self.config.block_kw.get("exit")):
         leave_at(self.blocks, exit)
         self.config = replace(self.config, block_kw={k: v for k, v in self.config.block_kw.items() if k != "exit"} | ({} if exit is None else {"exit": exit}))
+
+
+def linear_weights(encoder: Encoder) -> list: # names
+    "The weights of the blocks' linear layers."
+    return [f"blocks.{name}.weight" for name, m in encoder.blocks.named_modules() if isinstance(m, nn.Linear)]
+
+
+def check_packing(encoder: Encoder, kind: str):
+    "Raise EsslError where linear layers cannot be stored in so few bits without becoming others."
+    if kind not in PACKED:
+        return  # which `write_checkpoint` refuses
+    if any(isinstance(m, SharedLinear) for m in encoder.blocks.modules()):
+        raise EsslError(f"dtype={kind!r} was given for blocks that share weights: each use rounds a sum of its own. Take torch.int8.")
+    if kind == "ternary" and encoder.config.rounding != kind:
+        raise EsslError(f"dtype='ternary' was given and the weights in use are {encoder.config.rounding or 'in full'}; three values are for encoders trained with them: "
+            "set_rounding('ternary') first, or take 'int4'.")
 
 
 @patch

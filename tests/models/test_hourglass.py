@@ -188,3 +188,28 @@ def test_a_training_draws_one_form_at_each_step_and_keeps_old_names():
     several = PretrainConfig(encoder=config(block="looped", depth=5), exits=(1, 2, None), roundings=(None, "ternary"))
     assert from_json(PretrainConfig, to_json(several)) == several and plain.forms() == {"chunk": (), "exit": (), "rounding": ()}
     assert "rounding" not in repr(plain.encoder)
+
+
+@pytest.mark.parametrize("kind, per_weight", [("int4", 0.5), ("ternary", 0.25)])
+def test_files_of_few_bits_hold_what_is_computed_with(kind, per_weight, tmp_path):
+    encoder = build_encoder(config(mixer=list_mixers("attention")[0], dim=64, depth=2, rounding=kind), seed=0).eval()
+    wav = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    again = load_encoder(encoder.save(tmp_path / "few", dtype=kind))
+    assert kind in again.stored_as and again.config.rounding is None
+    for (name, a), (_, b) in zip(encoder.blocks.named_modules(), again.blocks.named_modules(), strict=True):
+        if isinstance(a, torch.nn.Linear):
+            torch.testing.assert_close(b.weight, rounded(a.weight, kind), rtol=1e-3, atol=1e-6, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(again(wav).frames, encoder(wav).frames, rtol=0.05, atol=0.05)
+    linear = sum(m.weight.numel() for m in encoder.blocks.modules() if isinstance(m, torch.nn.Linear))
+    size = lambda folder: (folder / "model.safetensors").stat().st_size
+    assert size(encoder.save(tmp_path / "eight", dtype=torch.int8)) - size(tmp_path / "few") > (0.9 - per_weight) * linear
+
+
+def test_files_of_few_bits_that_would_be_another_encoder_are_refused(tmp_path):
+    with pytest.raises(EsslError, match="set_rounding.'ternary'. first"):
+        build_encoder(config(), seed=0).save(tmp_path / "a", dtype="ternary")
+    with pytest.raises(EsslError, match="share weights"):
+        build_encoder(config(block="looped"), seed=0).save(tmp_path / "a", dtype="int4")
+    with pytest.raises(EsslError, match="dtype=int3"):
+        build_encoder(config(), seed=0).save(tmp_path / "a", dtype="int3")
+    assert not (tmp_path / "a").exists()
