@@ -6,7 +6,7 @@ from essl_nb.core.config import derive_seed, from_json, to_json
 from essl_nb.core.registry import EsslError
 from essl_nb.core.shapes import lengths_to_mask
 from essl_nb.costs.macs import encoder_macs
-from essl_nb.mixers.base import influence, list_mixers, mixers
+from essl_nb.mixers.base import baseline_mixer, influence, list_mixers, mixers
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder, form_of, form_set, load_encoder
 from essl_nb.models.hourglass import HourglassBlock, usual_rates
@@ -16,6 +16,7 @@ from essl_nb.train.config import PretrainConfig
 CONTROL = next(e.name for e in mixers if e.meta.get("control"))
 FORMS = [(name, causal) for name in list_mixers() for causal in (False, True) if not causal or mixers.get(name).obj.can_be_causal]
 D, LENGTHS = 16, (21, 13, 5, 2, 1)
+BASELINE = baseline_mixer()
 tiny = lambda name: mixers.get(name).meta.get("tiny", {})
 
 of_forms = pytest.mark.parametrize("name, causal", FORMS, ids=lambda v: v if isinstance(v, str) else "causal" if v else "both-ways")
@@ -127,7 +128,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(block, options, words):
 
 
 def test_chunks_that_a_rate_does_not_divide_are_refused():
-    encoder = build_encoder(config(mixer=list_mixers("attention")[0], block="hourglass"), seed=0)
+    encoder = build_encoder(config(mixer=BASELINE, block="hourglass"), seed=0)
     with pytest.raises(EsslError, match="chunk of 6 frames.*multiple of 4"):
         encoder.set_chunk(6)
     encoder.set_chunk(8)
@@ -169,7 +170,7 @@ def test_rows_are_multiples_of_their_scale(kind, most):
 
 @pytest.mark.parametrize("block", ["hourglass", "looped"])
 def test_rounding_is_in_the_weights_used_and_nowhere_else(block, tmp_path):
-    encoder = build_encoder(config(mixer=list_mixers("attention")[0], block=block, rounding="ternary"), seed=0).eval()
+    encoder = build_encoder(config(mixer=BASELINE, block=block, rounding="ternary"), seed=0).eval()
     layers = [m for m in encoder.blocks.modules() if isinstance(m, torch.nn.Linear)]
     assert layers and all(isinstance(m, RoundedLinear) and m.kind == "ternary" for m in layers)
     assert all(rounded(m.whole(), m.kind).unique(dim=1).shape for m in layers) and not any(isinstance(m, RoundedLinear) for m in encoder.frontend.modules())
@@ -192,7 +193,7 @@ def test_a_training_draws_one_form_at_each_step_and_keeps_old_names():
 
 @pytest.mark.parametrize("kind, per_weight", [("int4", 0.5), ("ternary", 0.25)])
 def test_files_of_few_bits_hold_what_is_computed_with(kind, per_weight, tmp_path):
-    encoder = build_encoder(config(mixer=list_mixers("attention")[0], dim=64, depth=2, rounding=kind), seed=0).eval()
+    encoder = build_encoder(config(mixer=BASELINE, dim=64, depth=2, rounding=kind), seed=0).eval()
     wav = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
     again = load_encoder(encoder.save(tmp_path / "few", dtype=kind))
     assert kind in again.stored_as and again.config.rounding is None
