@@ -100,6 +100,7 @@ class LoopedBlock(HourglassBlock):
         sharing: tuple | None = None, # of each block a number, equal where weights are shared; None: both ends, and all between
         rank: int = 8, # of the difference between two uses of a linear layer; 0: none
         exit: int | None = None, # uses of a repeated block that are made; None: all
+        ff_rates: tuple | None = None, # of each block, frames of a group in the feed-forward part; None: as `rates`
         kernel: int = 0, # groups that a convolution beside the mixer spans, but for the first and the last block; 0: none
         outer_mixer: str | None = None, # in the first and the last block; None: the same
         outer_mixer_kw: dict | None = None, # its options
@@ -107,7 +108,7 @@ class LoopedBlock(HourglassBlock):
     ) -> list: # of blocks
         "The blocks of an encoder. Raises EsslError for a sharing or an exit that cannot be."
         rates = (1, *[2] * (depth - 2), 1)[:depth] if rates is None else rates
-        own = block_options(depth, rates, kernel, mixer, mixer_kw, ff_mult, outer_mixer, outer_mixer_kw, outer_ff_mult)
+        own = block_options(depth, rates, ff_rates, kernel, mixer, mixer_kw, ff_mult, outer_mixer, outer_mixer_kw, outer_ff_mult)
         sharing = check_sharing(usual_sharing(depth) if sharing is None else sharing, own)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise EsslError(f"rank={rank!r} was given; it is a whole number, 0 for no difference between the uses of a block.")

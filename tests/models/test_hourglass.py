@@ -30,7 +30,7 @@ def noisy(module):
     return module.double().eval()
 
 
-def small(name, causal=False, rate=3, **kw):
+def small(name, causal=False, rate=2, **kw):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("hourglass", name))
         return noisy(HourglassBlock(D, mixer=name, mixer_kw=tiny(name), causal=causal, rate=rate, kernel=3, **kw))
@@ -53,7 +53,7 @@ def outcome(block, x, mask):
 
 @of_forms
 def test_nan_in_the_pads_reaches_nothing_and_a_batch_equals_each_alone(name, causal):
-    block, mask = small(name, causal), frames()[1]
+    block, mask = small(name, causal, ff_rate=6), frames()[1]
     clean, dirty = (outcome(block, *frames(pads)) for pads in (0.0, torch.nan))
     for what in clean:
         torch.testing.assert_close(dirty[what], clean[what], rtol=1e-9, atol=1e-9, msg=lambda m: f"{what}: {m}")
@@ -62,10 +62,10 @@ def test_nan_in_the_pads_reaches_nothing_and_a_batch_equals_each_alone(name, cau
         torch.testing.assert_close(dirty["frames"][b, :n], block(frames()[0][b : b + 1, :n])[0][0], rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("rate", [2, 4])
+@pytest.mark.parametrize("rate, ff_rate", [(2, 4), (1, 3), (4, 4)])
 @pytest.mark.parametrize("name", [n for n, causal in FORMS if causal and mixers.get(n).obj.streams])
-def test_a_causal_stream_in_any_pieces_is_the_whole_utterance(name, rate):
-    block, x = small(name, True, rate), frames(lengths=(21, 21))[0]
+def test_a_causal_stream_in_any_pieces_is_the_whole_utterance(name, rate, ff_rate):
+    block, x = small(name, True, rate, ff_rate=ff_rate), frames(lengths=(21, 21))[0]
     for pieces in ((1,) * 21, (3, 7, 1, 2, 8), (5, 16)):
         state, made = block.init_state(2, dtype=torch.float64), []
         for part in x.split(pieces, 1):
@@ -76,7 +76,7 @@ def test_a_causal_stream_in_any_pieces_is_the_whole_utterance(name, rate):
 
 @pytest.mark.parametrize("name", [n for n in list_mixers() if mixers.get(n).obj.can_be_chunked])
 def test_a_stream_of_chunks_is_the_whole_utterance(name):
-    block, x = small(name, rate=2), frames(lengths=(21, 21))[0]
+    block, x = small(name, ff_rate=4), frames(lengths=(21, 21))[0]
     block.set_chunk(8)
     state, made = block.init_state(2, dtype=torch.float64), []
     for part in x.split(8, 1):  # the last one is cut short
@@ -94,9 +94,10 @@ def test_groups_reach_as_far_as_they_must_and_no_further(causal):
 
 
 def test_gradients_by_differences():
-    block, x = small(CONTROL, rate=2), frames(lengths=(5,))[0].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w, g: torch.func.functional_call(block, {"grouping.weight": w, "grouping.gain": g}, (x,))[0],
-        (x, block.grouping.weight.detach().requires_grad_(), block.grouping.gain.detach().requires_grad_()))
+    block, x = small(CONTROL, ff_rate=4), frames(lengths=(5,))[0].requires_grad_()
+    names = [name for name, _ in block.named_parameters() if "grouping" in name]
+    given = [block.get_parameter(name).detach().requires_grad_() for name in names]
+    assert len(names) == 4 and torch.autograd.gradcheck(lambda x, *given: torch.func.functional_call(block, dict(zip(names, given)), (x,))[0], (x, *given))
 
 
 def test_the_usual_rates_go_down_and_come_back():
@@ -106,6 +107,9 @@ def test_the_usual_rates_go_down_and_come_back():
 def test_lower_rates_are_less_arithmetic():
     of = lambda *rates: encoder_macs(EncoderConfig(CONTROL, block="hourglass", block_kw=dict(rates=list(rates))), 10)["total"]
     assert of(1, 1, 1, 1) > of(1, 2, 2, 1) > of(1, 2, 4, 1) > of(4, 4, 4, 4)
+    apart = lambda ff: encoder_macs(EncoderConfig(CONTROL, block="hourglass", block_kw=dict(rates=[1] * 4, ff_rates=[ff] * 4)), 10)
+    whole, half, quarter = (apart(ff)["total"] for ff in (1, 2, 4))
+    assert whole - half == pytest.approx(2 * (half - quarter)) and apart(4)["mixer"] == apart(1)["mixer"]
 
 
 def config(**kw):
@@ -116,6 +120,8 @@ def config(**kw):
     ("hourglass", dict(rates=[1, 2]), "one whole number for each block"),
     ("hourglass", dict(rates=[1, 0, 2, 1]), "one whole number for each block"),
     ("hourglass", dict(rate=2), "takes no option 'rate'.*rates"),
+    ("hourglass", dict(rates=[1, 2, 2, 1], ff_rates=[1, 3, 2, 1]), "a multiple of the block's own rate"),
+    ("hourglass", dict(rates=[1, 2, 2, 1], ff_rates=[2, 2]), "one whole number for each block"),
     ("looped", dict(sharing=[0, 1, 1]), "one whole number for each block"),
     ("looped", dict(sharing=[0, 0, 1, 0]), "block 2 the same as block 1, and they differ in rate"),
     ("looped", dict(exit=0), "it can be 1 to 2"),
