@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'checked', 'ratio', 'kept_draws', 'kept_group_draws', 'drawn_times', 'resampled', 'percentiles',
-           'bootstrap_interval', 'ids_hash', 'paired_interval', 'SeedScore', 'seed_score', 'student_draws',
-           'seed_variance', 'joint_draws', 'joint_interval', 'joint_difference', 'p_value', 'adjusted_p']
+           'bootstrap_interval', 'ids_hash', 'check_pairable', 'paired_interval', 'SeedScore', 'seed_score',
+           'student_draws', 'seed_variance', 'joint_draws', 'joint_interval', 'joint_difference', 'p_value',
+           'adjusted_p']
 
 # %% ../../nbs/core/17_intervals.ipynb #c24d6467
 import math
@@ -124,6 +125,16 @@ def ids_hash(
     return content_hash(list(ids))
 
 
+def check_pairable(a, b):
+    "Raises EsslError for scores of different metrics or utterances."
+    for what in ("metric", "unit_ids_hash"):
+        if getattr(a, what) != getattr(b, what):
+            raise EsslError(
+                f"These two scores cannot be paired: {what} is {getattr(a, what)!r} for the one and {getattr(b, what)!r} for the other. "
+                "Pair scores of one probe, split and corpus."
+            )
+
+
 def paired_interval(
     a, # a Score, or anything with `units`, `unit_ids_hash` and `metric`
     b, # the score to compare it with
@@ -134,12 +145,7 @@ def paired_interval(
     seed: int = 0,
 ) -> tuple: # difference a - b, low, high
     "The difference of two scores over the same utterances, with its interval. Raises EsslError where they differ in those."
-    for what in ("metric", "unit_ids_hash"):
-        if getattr(a, what) != getattr(b, what):
-            raise EsslError(
-                f"These two scores cannot be paired: {what} is {getattr(a, what)!r} for the one and {getattr(b, what)!r} for the other. "
-                "Pair scores of one probe, split and corpus."
-            )
+    check_pairable(a, b)
     if len(a.units) != len(b.units):
         raise EsslError(f"These two scores cannot be paired: the one has {len(a.units)} utterances and the other {len(b.units)}.")
     how = dict(groups=groups, samples=samples, seed=seed)
