@@ -67,7 +67,7 @@ def headline(row: dict) -> str:
 WHO = ["encoder", "mixer", "family", "objective", "seed", "state"]  # whose score it is
 ASKED = ["probe", "task", "metric", "head", "labels", "split", "span_ms"]  # what was asked
 CONFIG = ("dim", "depth", "frontend", "block", "causal")  # of the encoder, repeated in each row
-SCORED = ["value", "low", "high", "n", "count", "units", "unit_ids_hash", "voices", "better"]  # columns of scores
+SCORED = ["value", "low", "high", "n", "count", "units", "unit_ids_hash", "voices", "lr", "better"]  # columns of scores
 COSTED = ["card", "machine", "setup", "against", "parameters", "steps", "train_seconds"]  # columns of cards and runs that others ask for
 
 
@@ -76,7 +76,7 @@ def score_fields(score: dict) -> dict:
     kept = ("metric", "value", "low", "high", "n", "count", "units", "unit_ids_hash", "head", "labels", "split")
     better = "lower" if score["metric"] == "per" else "higher"
     settings = score.get("settings", {})
-    return {"task": score["probe"], **{k: score.get(k) for k in kept}, **{k: settings.get(k) for k in ("span_ms", "voices")}, "better": better}
+    return {"task": score["probe"], **{k: score.get(k) for k in kept}, **{k: settings.get(k) for k in ("span_ms", "voices", "lr")}, "better": better}
 
 
 def flattened(value: dict) -> dict:
