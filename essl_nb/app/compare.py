@@ -109,8 +109,9 @@ def compare_caption(t, scores: pd.DataFrame, cost: str, costs: pd.DataFrame, hel
     drawn = ["small points: single seeds" * seeds_shown, "open points: the same encoders untrained" * (untrained and "untrained" in states), "dotted lines: log-mel features" * ("baseline" in states),
              "band: not significantly different from the highest (paired bootstrap)" * (int((t.points.tied & t.points.within).sum()) > 1)]
     drawn = "; ".join(d for d in drawn if d)
+    held_seeds = " and the seeds, where there are several, but not other speakers" if seeds[-1] > 1 else ", which hold neither the seeds nor other speakers"
     return (f"{plain_words(asked.task).capitalize()} ({setting(asked)}), {asked['head']} head, {metric_name(asked.metric)[:-4]}: mean over {counts}, n = {asked.n} utterances. "
-            f"Bars: 95 % bootstrap over those utterances, which holds neither the seeds nor other speakers{'; ' * bool(drawn)}{drawn}. "
+            f"Bars: 95 % intervals over those utterances{held_seeds}{'; ' * bool(drawn)}{drawn}. "
             f"Line: the front. {cost_note(t, costs, cost)} {held}")
 
 # %% ../../nbs/app/10_compare.ipynb #624dbda0
@@ -172,7 +173,7 @@ def card_html(study: StudyFile, encoder: str | None, curves: CurvesFile, now: st
     return (f'<div class="essl-card"><h3>{html.escape(encoder)}</h3><p class="essl-note">{html.escape(about)}</p><p class="essl-note">{html.escape(now)}</p><p class="essl-note">{html.escape(where)}</p>'
             + table_html("In use", lines([c for c in COSTS if c not in training])) + table_html("In training", lines(training))
             + curves_table(curves, first.mixer)
-            + f"<details><summary>All scores ({len(score_lines)})</summary>{table_html('With 95 % intervals over utterances', score_lines)}</details></div>")
+            + f"<details><summary>All scores ({len(score_lines)})</summary>{table_html('With 95 % intervals over utterances, and seeds where there are several', score_lines)}</details></div>")
 
 # %% ../../nbs/app/10_compare.ipynb #ed4035dc
 def compare_sidebar() -> dict: # name -> component

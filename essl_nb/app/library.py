@@ -171,7 +171,7 @@ class StudyFile(ReadFolder):
         return self.tables.get("machines", lambda: machines_of(rows).to_dict())
 
     def draws(self, probe: str, metric: str) -> dict: # from `draws_of`
-        "The bootstrap resamples of one score."
+        "One score of each encoder, resampled."
         rows = scores_of(self.rows())
         return self.tables.get(("draws", probe, metric), lambda: draws_of(rows[(rows.probe == probe) & (rows.metric == metric)]))
 

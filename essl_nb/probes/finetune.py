@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPOCHS', 'time_masks', 'augment', 'time_mask', 'greedy', 'Recogniser', 'frames_needed', 'ctc_weights', 'ctc',
            'Evaluation', 'Diverged', 'listen', 'out_frames', 'Recipe', 'rate', 'seeded', 'masked_batch', 'step_of',
-           'fit', 'fresh_copy', 'learnable', 'chunk_words', 'finetune']
+           'fit', 'fresh_copy', 'learnable', 'chunk_words', 'candidate_rates', 'best_on_valid', 'finetune']
 
 # %% ../../nbs/probes/08_finetune.ipynb #49357b9f
 import copy
@@ -350,12 +350,45 @@ def chunk_words(
     return "whole utterance" if chunk is None else f"chunks of {1000 * chunk * frame_seconds:g} ms"
 
 # %% ../../nbs/probes/08_finetune.ipynb #aa1f200a
-@probes.register("finetune", needs="phones", labels=("all", "10%"), heads=("ctc",), metric="per", better="lower", baselines=False)
+def candidate_rates(
+    lr=None, # one peak learning rate, or a list to choose from
+    lrs=(), # a list to choose from by short runs
+    **others, # other options of the probe, not looked at
+) -> tuple: # of numbers
+    "The learning rates to train with. Raises EsslError for none, for one that is no number above 0, and for one that stands twice."
+    rates = tuple(lrs) if isinstance(lrs, (list, tuple)) else (lrs,)
+    if lr is not None and rates:
+        raise EsslError("Both lr and lrs were given; give lr for one learning rate or several, or lrs to choose one by short runs.")
+    if isinstance(lr, (list, tuple)) and not lr:
+        raise EsslError("lr is an empty list; give one learning rate, several to choose from on valid, or leave it out for 0.001.")
+    rates = rates or (tuple(lr) if isinstance(lr, (list, tuple)) else (1e-3 if lr is None else lr,))
+    for r in rates:
+        if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 < r < math.inf:
+            raise EsslError(f"{'lrs' if lr is None else 'lr'} holds {r!r}; learning rates are numbers above 0, such as 0.001.")
+        if rates.count(r) > 1:
+            raise EsslError(f"{'lrs' if lr is None else 'lr'} holds {r:g} {rates.count(r)} times; each rate may stand once.")
+    return rates
+
+
+def best_on_valid(
+    tried: dict, # rate → the last look at valid, or why there is none
+) -> float: # the rate
+    "The rate with the fewest phone errors on valid; of equal ones that with the lower loss. Raises EsslError where every one diverged."
+    alive = {rate: look for rate, look in tried.items() if "diverged" not in look}
+    if not alive:
+        raise EsslError(
+            f"Fine-tuning diverged at each of {', '.join(f'{r:g}' for r in tried)}. At the first: "
+            f"{next(iter(tried.values()))['diverged']}"
+        )
+    return min(alive, key=lambda r: (alive[r]["valid_per"], alive[r]["valid_loss"]))
+
+# %% ../../nbs/probes/08_finetune.ipynb #e0e1fa5e
+@probes.register("finetune", needs="phones", labels=("all", "10%"), heads=("ctc",), metric="per", better="lower", baselines=False, check=candidate_rates)
 def finetune(
     job, # what to probe
     start: str = "pretrained", # "pretrained" or "scratch" (the same configuration, random weights)
-    lr: float | None = None, # peak learning rate; 0.001 by default
-    lrs: tuple = (), # learning rates to choose from on valid, by a short run each
+    lr: float | tuple[float, ...] | None = None, # peak learning rate, 0.001 by default; several: each is trained with, and the best on valid is scored
+    lrs: tuple = (), # learning rates to choose from on valid by a short run each
     epochs: int | None = None, # 8 with all labels, 30 with a tenth of them
     tune_epochs: int | None = None, # of a short run; a third of epochs by default
     batch_seconds: float = 60.0, # seconds of padded audio in a batch
@@ -365,16 +398,13 @@ def finetune(
     "Phone error rate after training the whole encoder with CTC; greedy decoding. With several look-aheads one recogniser serves all of them, and each has its score."
     if start not in ("pretrained", "scratch"):
         raise EsslError(f"start is {start!r}; allowed: 'pretrained', 'scratch'.")
-    lrs = tuple(lrs) if isinstance(lrs, (list, tuple)) else (lrs,)
-    if lr is not None and lrs:
-        raise EsslError("Both lr and lrs were given; give lr for one learning rate, or lrs to choose one on valid.")
+    rates, short = candidate_rates(lr, lrs), lr is None and lrs not in ((), [])
     epochs = EPOCHS[job.labels] if epochs is None else epochs
+    if tune_epochs is not None and not short:
+        raise EsslError("tune_epochs are those of the short runs of lrs; with lr every run has all epochs.")
     tune_epochs = max(1, epochs // 3) if tune_epochs is None else tune_epochs
-    if min(epochs, tune_epochs) < 1 or batch_seconds <= 0 or not all(r > 0 for r in (*lrs, 1 if lr is None else lr)):
-        raise EsslError(
-            f"epochs={epochs}, tune_epochs={tune_epochs}, batch_seconds={batch_seconds}, lr={lr}, lrs={lrs}: at "
-            "least one epoch, and numbers above 0."
-        )
+    if min(epochs, tune_epochs) < 1 or batch_seconds <= 0:
+        raise EsslError(f"epochs={epochs}, tune_epochs={tune_epochs}, batch_seconds={batch_seconds}: at least one epoch, and a number above 0.")
     if chunks := tuple(chunks):
         check_chunks(chunks, job.source.encoder.config.causal)
     known = phone_part(job.corpus, part)
@@ -395,22 +425,18 @@ def finetune(
             torch.manual_seed(derive_seed("finetune dropout", job.seed))
             return model, fit(model, *clips, fill, tune, recipe, progress=job.progress)
 
-    def short(rate: float) -> dict:
-        "The end of a short run's curve, or why there is none."
+    tried, kept = {}, None # kept: the best recogniser so far and its curve
+    for rate in rates if len(rates) > 1 else ():
         try:
-            return run(rate, tune_epochs)[1][-1]
+            made = run(rate, tune_epochs if short else epochs)
         except Diverged as e:
-            return dict(diverged=str(e))
-
-    tried = {rate: short(rate) for rate in lrs} if len(lrs) > 1 else {}
-    alive = {rate: look for rate, look in tried.items() if "diverged" not in look}
-    if tried and not alive:
-        raise EsslError(
-            f"Fine-tuning diverged at each of {', '.join(f'{r:g}' for r in tried)}. At the first: "
-            f"{tried[lrs[0]]['diverged']}"
-        )
-    lr = min(alive, key=lambda r: (alive[r]["valid_per"], alive[r]["valid_loss"])) if alive else (lrs[0] if lrs else lr or 1e-3)
-    model, curve = run(lr, epochs)
+            tried[rate] = dict(diverged=str(e))
+            continue
+        tried[rate] = made[1][-1]
+        if not short and best_on_valid(tried) == rate:
+            kept = made
+    lr = best_on_valid(tried) if tried else rates[0]
+    model, curve = kept or run(lr, epochs)
     shared = dict(start=start, lr=lr, lrs_tried={f"{r:g}": look for r, look in tried.items()}, epochs=epochs, batch_seconds=batch_seconds, curve=curve,
         classes=len(classes), train_utterances=len(train), part=score[0].part, **(dict(left_out=left_out) if left_out else {}))
 
@@ -425,4 +451,3 @@ def finetune(
 
     first, *others = [scored(c) for c in chunks or (None,)]
     return replace(first, also=tuple(others))
-

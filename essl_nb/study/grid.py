@@ -235,6 +235,8 @@ def check_probe(grid: Grid, n: int, p: ProbePoint):
     for name, kw in p.kw_for.items():
         check_names(f"{place}, kw_for {name!r}", kw, allowed)
         check_options(entry.obj, kw, f"In the grid: probes[{n}].kw_for[{name!r}]")
+    for kw in (p.kw, *(p.kw | extra for extra in p.kw_for.values())):
+        at(place, entry.meta.get("check", lambda **options: None), **kw)
     check_names(f"{place}, encoders", p.encoders, names)
     if p.seeds is not None:
         check_seeds(f"{place}, seeds", p.seeds, grid.seeds)
