@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.config import content_hash, from_json, to_json
@@ -36,7 +37,7 @@ def weights_hash(
 # %% ../../nbs/models/13_checkpoint.ipynb #4648cba5
 SCALE = ".scale"  # what the scale of a weight is called in the file, after the weight's own name
 STORED = {None: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8 with a float16 scale for each output channel",
-    "int4": "int4, two in a byte, with a float16 scale for each row", "ternary": "ternary, four in a byte, with a float16 scale for each row"}
+    "int4": "int4, two in a byte, with a float16 scale for each row", "ternary": "ternary, five in a byte, with a float16 scale for each row"}
 
 
 def quantised(
@@ -50,25 +51,24 @@ def quantised(
 
 # %% ../../nbs/models/13_checkpoint.ipynb #d683fc3d
 COLUMNS = ".columns"  # what (columns, values in a byte) of a packed weight are called, after its own name
-PACKED = {"int4": (2, 8), "ternary": (4, 1)}  # values in a byte, and what is added to make them whole numbers from 0 on
+PACKED = {"int4": (2, 16), "ternary": (5, 3)}  # values in a byte, and how many values there are
 
 
 def packed(w: Tensor, kind: str) -> tuple: # (out,in) → (out,⌈in/n⌉) uint8, (out,1) float16, (2,) int32: in, n
-    "Weights as levels of their rows, several in a byte."
-    per_byte, zero = PACKED[kind]
+    "Weights as levels of their rows, several in a byte as the digits of a number."
+    per_byte, values = PACKED[kind]
     scale = row_scales(w.float(), kind)
-    levels = torch.nn.functional.pad(row_levels(w.float(), scale, kind) + zero, (0, -w.shape[1] % per_byte)).to(torch.uint8)
-    places = 2 ** (8 // per_byte * torch.arange(per_byte, dtype=torch.uint8))
-    return (levels.unflatten(1, (-1, per_byte)) * places).sum(2, dtype=torch.uint8), scale.to(torch.float16).clamp_min(2.0**-24), torch.tensor([w.shape[1], per_byte], dtype=torch.int32)
+    digits = F.pad(row_levels(w.float(), scale, kind) + values // 2, (0, -w.shape[1] % per_byte)).long()  # from 0 on
+    numbers = (digits.unflatten(1, (-1, per_byte)) * values ** torch.arange(per_byte)).sum(2).to(torch.uint8)
+    return numbers, scale.to(torch.float16).clamp_min(2.0**-24), torch.tensor([w.shape[1], per_byte], dtype=torch.int32)
 
 
-def unpacked(levels: Tensor, scale: Tensor, shape: Tensor) -> Tensor: # as `packed` gave them → (out,in) float32
+def unpacked(numbers: Tensor, scale: Tensor, shape: Tensor) -> Tensor: # as `packed` gave them → (out,in) float32
     "The weights that a file's bytes stand for."
     columns, per_byte = shape.tolist()
-    zero = dict(PACKED.values())[per_byte]
-    bits = 8 // per_byte
-    apart = (levels[..., None] >> (bits * torch.arange(per_byte, dtype=torch.uint8))) & (2**bits - 1)
-    return (apart.flatten(1)[:, :columns].float() - zero) * scale.float()
+    values = dict(PACKED.values())[per_byte]
+    digits = numbers.long()[..., None] // values ** torch.arange(per_byte) % values
+    return (digits.flatten(1)[:, :columns].float() - values // 2) * scale.float()
 
 # %% ../../nbs/models/13_checkpoint.ipynb #469ab309
 class Checkpoint(NamedTuple):

@@ -197,7 +197,7 @@ def test_a_training_draws_one_form_at_each_step_and_keeps_old_names():
     assert "rounding" not in repr(plain.encoder)
 
 
-@pytest.mark.parametrize("kind, per_weight", [("int4", 0.5), ("ternary", 0.25)])
+@pytest.mark.parametrize("kind, per_weight", [("int4", 0.5), ("ternary", 0.2)])
 def test_files_of_few_bits_hold_what_is_computed_with(kind, per_weight, tmp_path):
     encoder = build_encoder(config(mixer=BASELINE, dim=64, depth=2, rounding=kind), seed=0).eval()
     wav = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
