@@ -37,8 +37,9 @@ def encoder_of(what: dict, shipped: Path, corpus) -> tuple: # an encoder or a ba
     if what["state"] == "untrained":
         return untrained_encoder(from_json(EncoderConfig, what["config"]), what["seed"], corpus), {}
     origin = read_json(shipped / what["encoder"] / "origin.json")
-    if origin["run"] != what["run"]:
-        raise EsslError(f"{shipped / what['encoder']} is of the run {origin['run']}, and the grid asks for {what['run']}; give a grid with the settings of that study.")
+    of = next((key for key, row in known_rows(shipped.parent / "rows.jsonl").items() if row["key"] == origin["run"]), origin["run"])  # its key of today
+    if of != what["run"]:
+        raise EsslError(f"{shipped / what['encoder']} is of the run {of}, and the grid asks for {what['run']}; give a grid with the settings of that study.")
     return load_encoder(shipped / what["encoder"]), dict(weights=f"{shipped.parent.name}/{shipped.name}", stored_as=origin["stored_as"])
 
 

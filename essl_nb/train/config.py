@@ -45,6 +45,7 @@ class PretrainConfig:
     masking: dict = later({})  # {"preset": "wav2vec2"} or fields of Masking; empty: spans of span_seconds that hide span_share
     reading: Reading = later("auto")  # stored: log-mel and targets computed first; streamed: sound read and analysed step by step
     chunks: tuple[int | None, ...] = later(())  # look-aheads to train for: each step draws one, frames of a chunk or null for the whole utterance; empty: the encoder's own
+    leave_out: tuple[str, ...] = later(())  # parts of the corpus that are not trained on, by their names; empty: all of it is
     start: str = later("")  # an encoder whose weights training begins with, another mixer's too: a folder, published weights, a name on the hub; "": random ones
 
     def __post_init__(self):
@@ -72,6 +73,8 @@ class PretrainConfig:
             from essl_nb.models.encoder import check_chunks
 
             check_chunks(self.chunks, self.encoder.causal)
+        if len(set(self.leave_out)) < len(self.leave_out) or "" in self.leave_out:
+            raise EsslError(f"leave_out={list(self.leave_out)} was given; it takes names of parts of the corpus, each once.")
         if not 0 < self.span_share < 1:
             raise EsslError(f"span_share={self.span_share} was given; it must lie between 0 and 1.")
         self.masked()
