@@ -1,7 +1,7 @@
 """Further scores of the encoders that a study ships, as rows of a grid: no pre-training is repeated.
 
     python tools/shipped.py results/global/grid.json                    # every score of the grid that results/global/rows.jsonl lacks
-    python tools/shipped.py results/global/grid.json --only units       # of the probes whose name or task begins so
+    python tools/shipped.py results/global/grid.json --only units       # of the probes whose name or task begins so; several too
     python tools/shipped.py results/global/grid.json --state untrained  # pretrained, untrained, baseline; all without it
 
 The grid asks for the runs of that study (the same settings, hence the same keys), and `origin.json` beside each shipped encoder says which run it
@@ -47,7 +47,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("grid", type=Path)
     parser.add_argument("--encoders", type=Path, default=ROOT / "results" / "small" / "encoders", help="the folder of the shipped ones")
-    parser.add_argument("--only", default="", help="how the probe's name or its task begins")
+    parser.add_argument("--only", nargs="*", default=[""], help="how the probe's name or its task begins")
     parser.add_argument("--state", default="", help="pretrained, untrained or baseline")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -55,7 +55,7 @@ def main():
     study = Study(args.grid)
     corpus, known = load_corpus(study.grid.corpus), known_rows(study.rows_file)
     asked = [c for c in study.cells("score") if c.key not in known and args.state in ("", c.what["state"])
-             and (c.what["probe"].startswith(args.only) or c.what["call"].startswith(args.only))]
+             and any(c.what[name].startswith(only) for only in args.only for name in ("probe", "call"))]
     shared = dict(git=revision(), jobs=1, data_hash=corpus.data_hash)
     of = lambda c: (c.what["encoder"], c.what["state"])
     for who in dict.fromkeys(map(of, asked)):

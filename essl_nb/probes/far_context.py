@@ -32,7 +32,7 @@ class Passage:
 
     @property
     def seconds(self) -> float:
-        return sum(c.seconds for c in self.clips)
+        return sum(c.frames for c in self.clips) / MEL_RATE
 
 
 def cut_stream(
@@ -151,7 +151,7 @@ def far_context(
     many = lambda of, name: sum(getattr(p, what) == name for p in of) >= least_scored
     names = [n for n in sorted({getattr(p, what) for p in found[0]}) if all(many(of, n) for of in found)]
     if len(names) < 2:
-        raise EsslError(f"The probe 'far_context' needs two of a {what} with {least_scored} passages of {seconds:g} s in train and in {job.split}; "
+        raise EsslError(f"The probe 'far_context' needs two {what}s with {least_scored} passages of {seconds:g} s in train and in {job.split}; "
             f"found {len(names)}. Lower seconds or least_scored, or give more recordings.")
     source = PassageSource(job.source.encoder, features, memo=job.source.memo, batch_seconds=job.source.batch_seconds, precision=job.source.precision)
     how = dict(hidden_ms=hidden_ms, read_ms=read_ms, read=read, progress=job.progress)
