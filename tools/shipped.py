@@ -2,6 +2,7 @@
 
     python tools/shipped.py results/global/grid.json                    # every score of the grid that results/global/rows.jsonl lacks
     python tools/shipped.py results/global/grid.json --only units       # of the probes whose name or task begins so; several too
+    python tools/shipped.py results/global/grid.json --who NAME NAME    # of these encoders, in this order
     python tools/shipped.py results/global/grid.json --state untrained  # pretrained, untrained, baseline; all without it
 
 The grid asks for the runs of that study (the same settings, hence the same keys), and `origin.json` beside each shipped encoder says which run it
@@ -48,6 +49,7 @@ def main():
     parser.add_argument("grid", type=Path)
     parser.add_argument("--encoders", type=Path, default=ROOT / "results" / "small" / "encoders", help="the folder of the shipped ones")
     parser.add_argument("--only", nargs="*", default=[""], help="how the probe's name or its task begins")
+    parser.add_argument("--who", nargs="*", default=[], help="encoders, the first first; all without it")
     parser.add_argument("--state", default="", help="pretrained, untrained or baseline")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -58,7 +60,8 @@ def main():
              and any(c.what[name].startswith(only) for only in args.only for name in ("probe", "call"))]
     shared = dict(git=revision(), jobs=1, data_hash=corpus.data_hash)
     of = lambda c: (c.what["encoder"], c.what["state"])
-    for who in dict.fromkeys(map(of, asked)):
+    place = lambda who: args.who.index(who[0]) if who[0] in args.who else len(args.who)
+    for who in sorted((w for w in dict.fromkeys(map(of, asked)) if not args.who or w[0] in args.who), key=place):
         memo = {}  # frames that several probes of one encoder read
         for cell in [c for c in asked if of(c) == who]:
             began = time.perf_counter()
