@@ -141,10 +141,12 @@ class Corpus(Utterances):
         utterances: list, # of Utterance
         whole: "Corpus | None" = None, # the corpus that this is a selection of
         left_out: dict | None = None, # id → why a listed clip is not in the corpus
+        counted: "Corpus | None" = None, # whose train clips the mean and spread of the features are of; None: the whole corpus's
     ):
         super().__init__(name, utterances, None if whole is None else whole.decoded)
         self.root, self.whole = Path(root), self if whole is None else whole
         self.left_out = dict(left_out or {}) if whole is None else whole.left_out
+        self.counted, self.spreads = self.whole if counted is None else counted, {}  # key of features → features with another mean and spread
 
     def select(self,
         split=None, # a name or several: train, valid, test
@@ -154,7 +156,19 @@ class Corpus(Utterances):
     ) -> "Corpus": # it shares the features of the whole
         "The utterances that fit. Raises EsslError for a value that no utterance of the whole corpus has."
         wanted = dict(split=split, part=part, language=language, voice=voice)
-        return Corpus(self.name, self.root, fitting(self, wanted), self.whole)
+        return Corpus(self.name, self.root, fitting(self, wanted), self.whole, counted=self.counted)
+
+    def without(self,
+        part, # a name or several
+    ) -> "Corpus": # its features have the mean and the standard deviation of what is left
+        "What other parts hold. Raises EsslError for a part that the whole corpus does not have, and where nothing is left."
+        gone = {u.id for u in fitting(self, dict(part=part))}
+        kept = Corpus(self.name, self.root, [u for u in self if u.id not in gone], self.whole)
+        if not len(kept):
+            raise EsslError(f"Without {listing([part] if isinstance(part, str) else list(part))} nothing of the corpus {self.name!r} is left; "
+                            f"its parts: {listing(sorted({u.part for u in self}))}. Leave out fewer.")
+        kept.counted = kept
+        return kept
 
     def __repr__(self):
         counts = ", ".join(f"{s} {sum(u.split == s for u in self)}" for s in SPLITS)
@@ -201,7 +215,7 @@ class Corpus(Utterances):
         *,
         progress: bool = True, # show a bar where they have to be computed
         workers: int | None = None, # threads to compute with; None: $ESSL_WORKERS, else 2
-    ) -> Features: # of the whole corpus, also for a selection of it
+    ) -> Features: # of the whole corpus, also for a selection of it; the mean and spread of what is left by `without`
         """Log-mel frames, computed once and then read from the cache. Clips that turn out to be unusable leave the corpus, with a warning;
         raises EsslError where none is left, or where the cache folder cannot hold the frames."""
         whole = self.whole
@@ -210,7 +224,12 @@ class Corpus(Utterances):
         key = content_hash([sound, list(vars(spec).items()), analysis()])
         found = open_features(clips, key, spec, seconds=whole.hours * 3600, progress=progress, workers=workers)
         whole.update_from(found)
-        return found
+        if self.counted is whole:
+            return found
+        if (spreads := self.counted.spreads).get(key) is None:
+            train = [u.id for u in self.counted if u.split == "train"]
+            spreads[key] = found.over(train or list(self.counted.by_id))
+        return spreads[key]
 
 # %% ../../nbs/data/06_corpus.ipynb #2958c581
 def report(

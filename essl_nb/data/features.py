@@ -8,6 +8,7 @@ __all__ = ['LONG', 'remembered', 'file_digest', 'code_hash', 'analysis', 'Featur
 
 # %% ../../nbs/data/04_features.ipynb #504114eb
 import ast
+import copy
 import hashlib
 import inspect
 import json
@@ -135,6 +136,18 @@ class Features:
     def __getitem__(self, id: str) -> Tensor: # (T,F) float32
         "Frames of one clip: raw log-mel, not normalised. Raises EsslError for an unknown clip."
         return self.half(id).float()
+
+    def over(self,
+        ids, # of the clips that count
+    ) -> "Features": # the same frames
+        "The same store with the mean and the standard deviation of some clips. Raises EsslError where they have no frames."
+        spread, other = RunningSpread(self.spec.n_mels), copy.copy(self)
+        for id in ids:
+            spread.add(self.half(id).numpy())
+        if not spread.count:
+            raise EsslError(f"Mean and standard deviation of {self.path.name} were asked over no frames; name clips that have some.")
+        other.mean, other.std = (torch.tensor(x, dtype=torch.float32) for x in spread.result().values())
+        return other
 
     @property
     def ids(self) -> list:

@@ -56,7 +56,7 @@ def baseline_lines(
 # %% ../../nbs/probes/10_command.ipynb #3f05962f
 def essl_probe(
     encoder: str, # The folder of a saved encoder, or a baseline: logmel, logmel:40, logmel:100 (milliseconds of context on each side)
-    probe: str = "", # The probe: masked_phones, phones, units, language, language_across, voice or finetune; by default masked_phones, or units for a corpus without phone labels
+    probe: str = "", # The probe: masked_phones, phones, units, language, language_across, voice, far_context or finetune; by default masked_phones, or units for a corpus without phone labels
     corpus: str = "bundled", # A corpus: bundled, or a folder of audio files with or without a manifest
     head: str = "", # The head to train: linear (by default) or mlp (256 hidden units)
     labels: str = "", # Training labels: all, 1h (about an hour of speech), 10min (about ten minutes), 10% or few, as the probe allows

@@ -65,7 +65,7 @@ class Score:
         return f"{self.probe} {self.metric} {self.value:.1%} [{self.low:.1%}, {self.high:.1%}], {self.n} utterances, {self.count} scored"
 
 # %% ../../nbs/probes/03_probe.ipynb #241bd973
-probes = Registry("probe", home=("essl_nb.probes.phones", "essl_nb.probes.units", "essl_nb.probes.voices", "essl_nb.probes.finetune"))
+probes = Registry("probe", home=("essl_nb.probes.phones", "essl_nb.probes.units", "essl_nb.probes.voices", "essl_nb.probes.far_context", "essl_nb.probes.finetune"))
 
 
 def list_probes() -> list: # names

@@ -47,6 +47,7 @@ class PretrainConfig:
     chunks: tuple[int | None, ...] = later(())  # look-aheads to train for: each step draws one, frames of a chunk or null for the whole utterance; empty: the encoder's own
     exits: tuple[int | None, ...] = later(())  # exits to train for: each step draws one, uses of a repeated block or null for all; empty: the encoder's own
     roundings: tuple[str | None, ...] = later(())  # roundings to train for: each step draws one, int4, ternary, or null for weights in full; empty: the encoder's own
+    leave_out: tuple[str, ...] = later(())  # parts of the corpus that are not trained on, by their names; empty: all of it is
     start: str = later("")  # an encoder whose weights training begins with, another mixer's too: a folder, published weights, a name on the hub; "": random ones
 
     def __post_init__(self):
@@ -74,6 +75,8 @@ class PretrainConfig:
             from essl_nb.models.encoder import check_chunks
 
             check_chunks(self.chunks, self.encoder.causal)
+        if len(set(self.leave_out)) < len(self.leave_out) or "" in self.leave_out:
+            raise EsslError(f"leave_out={list(self.leave_out)} was given; it takes names of parts of the corpus, each once.")
         if not 0 < self.span_share < 1:
             raise EsslError(f"span_share={self.span_share} was given; it must lie between 0 and 1.")
         self.masked()

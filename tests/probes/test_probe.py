@@ -34,6 +34,7 @@ QUICK = {
     "language": dict(shots=2, draws=3, least_scored=2),
     "voice": dict(shots=2, draws=3, least_scored=2),
     "language_across": dict(shots=2, draws=3, least_scored=2, seconds=0.5, train_part="one", test_part="two"),
+    "far_context": dict(seconds=1.5, hidden_ms=100, read_ms=100, least_scored=2, steps=20),
     "finetune": dict(epochs=1, batch_seconds=8),
 }
 

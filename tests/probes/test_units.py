@@ -16,7 +16,7 @@ from essl_nb.models.encoder import build_encoder
 from essl_nb.probes.command import baseline_lines, essl_probe, read_options
 from essl_nb.probes.frames import Baseline, Segment
 from essl_nb.probes.probe import default_probe, list_probes, run_probe, runnable
-from essl_nb.probes.units import fit_units, in_segments, unit_of
+from essl_nb.probes.units import fit_units, in_segments, some_of_each_voice, unit_of, voice_groups
 
 QUICK = dict(clusters=8, steps=40, batch=256, lr=0.02)
 
@@ -157,3 +157,50 @@ def test_options_from_the_command_line(text, options):
 def test_what_is_no_option_is_answered(text):
     with pytest.raises(EsslError):
         assert set(read_options(text)) == {"never"} or run_probe(Baseline(), "units", Toy(8), **read_options(text))
+
+
+def clips_of(**seconds):
+    "So many clips of a second of each voice."
+    return [SimpleNamespace(id=f"{v}{i}", voice=v, part="far" if v > "m" else "near", language="", seconds=1.0) for v, n in seconds.items() for i in range(n)]
+
+
+def test_no_voice_gets_more_seconds_than_asked_and_a_larger_cap_only_adds():
+    clips = clips_of(anna=30, ben=4, zoe=12)
+    few, more = some_of_each_voice(clips, 5), some_of_each_voice(clips, 9.5)
+    count = lambda some: [sum(u.voice == v for u in some) for v in ("anna", "ben", "zoe")]
+    assert count(few) == [5, 4, 5] and count(more) == [9, 4, 9] and {u.id for u in few} < {u.id for u in more}
+    assert few == [u for u in clips if u in few] and few == sorted(some_of_each_voice(clips[::-1], 5), key=clips.index)
+    assert some_of_each_voice(clips, None) == clips and len(some_of_each_voice(clips, 0.1)) == 3  # one of each at least
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(EsslError, match="voice_seconds"):
+            some_of_each_voice(clips, wrong)
+
+
+def test_groups_are_the_best_that_is_known_of_every_clip():
+    clips = clips_of(anna=2, zoe=3)
+    assert voice_groups(clips) == dict(voices=[0, 0, 1, 1, 1], voice_names=["anna", "zoe"], voices_by="voice")
+    clips[0].voice = ""
+    assert voice_groups(clips) == dict(voices=[1, 1, 0, 0, 0], voice_names=["far", "near"], voices_by="part")
+    for u in clips:
+        u.voice, u.part = "one", ""
+    whole = SimpleNamespace(id="hour", voice="", part="", language="", seconds=9.0)
+    groups = voice_groups([*clips[:2], Segment("a", whole, 0, 10), Segment("b", whole, 10, 10)])
+    assert groups["voices_by"] == "recording" and groups["voices"][2] == groups["voices"][3] and len(groups["voice_names"]) == 3
+
+
+def test_a_score_of_all_parts_holds_each_of_them_and_who_spoke():
+    spoken = Spoken()
+    for i, u in enumerate(spoken):
+        u.voice, u.part = f"v{i % 4}", "near" if i % 4 < 3 else "far"
+    score = probe(Oracle(), "units", spoken, **QUICK)
+    kept = [u for u in spoken if u.split == "test"]
+    assert [score.settings["voice_names"][k] for k in score.settings["voices"]] == [u.voice for u in kept] and score.settings["voices_by"] == "voice"
+    assert [s.settings["view"] for s in score.also] == ["far", "near"] == sorted({s.settings["part"] for s in score.also})
+    for k in (0, 1):
+        assert sum(s.units[j][k] for s in score.also for j in range(len(s.units))) == sum(u[k] for u in score.units)
+    alone = probe(Oracle(), "units", spoken, part="near", **QUICK)
+    assert alone.also == () and alone.unit_ids_hash == score.also[1].unit_ids_hash and alone.settings["part"] == "near"
+    some = probe(Oracle(), "units", spoken, voice_seconds=2.0, **QUICK)
+    assert some.settings["train_utterances"] == 8 and max(np.bincount(some.settings["voices"])) <= 2
+    with pytest.raises(EsslError, match="did you mean 'near'"):
+        probe(Oracle(), "units", spoken, part="neer", **QUICK)
