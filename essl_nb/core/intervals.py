@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEPT', 'checked', 'ratio', 'kept_draws', 'kept_group_draws', 'drawn_times', 'resampled', 'percentiles',
            'bootstrap_interval', 'ids_hash', 'check_pairable', 'paired_interval', 'SeedScore', 'seed_score',
-           'student_draws', 'seed_variance', 'joint_draws', 'joint_interval', 'joint_difference', 'p_value',
-           'adjusted_p']
+           'student_draws', 'seed_variance', 'SeedPool', 'pooled_seeds', 'joint_draws', 'joint_interval',
+           'joint_difference', 'p_value', 'adjusted_p']
 
 # %% ../../nbs/core/17_intervals.ipynb #c24d6467
 import math
@@ -213,9 +213,29 @@ def seed_variance(
     return float(by_seed.var(ddof=1) / S), float(both)
 
 
+class SeedPool(NamedTuple):
+    "How far seeds are apart, in common for several scores."
+    variance: float # of the score of a single seed
+    both: float # the part of it that comes from seed and utterance together
+    freedom: int # degrees of freedom
+
+
+def pooled_seeds(
+    scores, # SeedScores of encoders whose seeds may be taken to be equally far apart
+) -> SeedPool:
+    "The mean variance between seeds, over all scores with several. Raises EsslError where there is none."
+    several = [s for s in scores if len(s.by_seed) > 1]
+    if not several:
+        raise EsslError("None of these scores has two seeds or more, so nothing is known of seeds; train one encoder with another seed.")
+    free = np.array([len(s.by_seed) - 1 for s in several])
+    each = np.array([seed_variance(s.by_seed, s.parts) for s in several]) * (free + 1)[:, None]
+    return SeedPool(*map(float, free @ each / free.sum()), int(free.sum()))
+
+
 def joint_draws(
     a: SeedScore,
     b: SeedScore | None = None, # a score over the same utterances, to be subtracted; None: nothing
+    pool: SeedPool | None = None, # how far seeds are apart; None: what the scores say of their own
 ) -> np.ndarray: # (samples,) of a score or of a difference
     "What a score or a difference could have been with other seeds and other utterances. Raises EsslError for scores that cannot be paired."
     if b is not None and (a.parts.shape[1] != b.parts.shape[1] or len(a.drawn) != len(b.drawn)):
@@ -224,13 +244,17 @@ def joint_draws(
     if b is not None:
         value, drawn = value - b.value, drawn - b.drawn
         sides = [(a.by_seed - b.by_seed, a.parts - b.parts)] if a.seeds == b.seeds else [*sides, (b.by_seed, b.parts)]
-    if all(len(by_seed) < 2 for by_seed, _ in sides):
+    if pool is None and all(len(by_seed) < 2 for by_seed, _ in sides):
         return drawn
-    variances = [seed_variance(*side) for side in sides]
-    spread, both = np.nanvar(drawn), sum(v for _, v in variances)
+    if pool is None:
+        variances = [(*seed_variance(*side), len(side[0]) - 1) for side in sides]
+    else:
+        share = 1 / len(a.by_seed) + (0 if b is None else 1 / len(b.by_seed))
+        variances = [(pool.variance * share, pool.both * share, pool.freedom)]
+    spread, both = np.nanvar(drawn), sum(v for _, v, _ in variances)
     drawn = value + math.sqrt(max(0.0, 1 - both / spread) if spread > 0 else 0.0) * (drawn - value)
-    for stream, ((by_seed, _), (own, _)) in enumerate(zip(sides, variances)):
-        drawn = drawn + (math.sqrt(own) * student_draws(len(by_seed) - 1, len(drawn), stream) if own else 0)
+    for stream, (own, _, freedom) in enumerate(variances):
+        drawn = drawn + (math.sqrt(own) * student_draws(freedom, len(drawn), stream) if own else 0)
     return drawn
 
 # %% ../../nbs/core/17_intervals.ipynb #93a7c225
@@ -250,10 +274,11 @@ def joint_difference(
     a: SeedScore,
     b: SeedScore, # over the same utterances; with the same seeds they are compared seed by seed
     *,
+    pool: SeedPool | None = None, # of `pooled_seeds`
     level: float = 0.95,
 ) -> tuple: # difference a - b, low, high
     "Difference of two means over seeds, with an interval that holds seeds and utterances. Raises EsslError for scores that cannot be paired."
-    return (a.value - b.value, *percentiles(joint_draws(a, b), level))
+    return (a.value - b.value, *percentiles(joint_draws(a, b, pool), level))
 
 # %% ../../nbs/core/17_intervals.ipynb #9b80d66d
 def p_value(

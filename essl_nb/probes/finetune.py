@@ -353,7 +353,7 @@ def chunk_words(
 def candidate_rates(
     lr=None, # one peak learning rate, or a list to choose from
     lrs=(), # a list to choose from by short runs
-    **others, # other options of the probe, not looked at
+    **_, # the probe's other options
 ) -> tuple: # of numbers
     "The learning rates to train with. Raises EsslError for none, for one that is no number above 0, and for one that stands twice."
     rates = tuple(lrs) if isinstance(lrs, (list, tuple)) else (lrs,)
@@ -363,10 +363,10 @@ def candidate_rates(
         raise EsslError("lr is an empty list; give one learning rate, several to choose from on valid, or leave it out for 0.001.")
     rates = rates or (tuple(lr) if isinstance(lr, (list, tuple)) else (1e-3 if lr is None else lr,))
     for r in rates:
-        if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 < r < math.inf:
-            raise EsslError(f"{'lrs' if lr is None else 'lr'} holds {r!r}; learning rates are numbers above 0, such as 0.001.")
-        if rates.count(r) > 1:
-            raise EsslError(f"{'lrs' if lr is None else 'lr'} holds {r:g} {rates.count(r)} times; each rate may stand once.")
+        number = isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r < math.inf
+        if not number or rates.count(r) > 1:
+            why = f"{r:g} {rates.count(r)} times; each rate may stand once." if number else f"{r!r}; learning rates are numbers above 0, such as 0.001."
+            raise EsslError(f"{'lrs' if lr is None else 'lr'} holds {why}")
     return rates
 
 
@@ -376,10 +376,7 @@ def best_on_valid(
     "The rate with the fewest phone errors on valid; of equal ones that with the lower loss. Raises EsslError where every one diverged."
     alive = {rate: look for rate, look in tried.items() if "diverged" not in look}
     if not alive:
-        raise EsslError(
-            f"Fine-tuning diverged at each of {', '.join(f'{r:g}' for r in tried)}. At the first: "
-            f"{next(iter(tried.values()))['diverged']}"
-        )
+        raise EsslError(f"Fine-tuning diverged at each of {', '.join(f'{r:g}' for r in tried)}. At the first: {next(iter(tried.values()))['diverged']}")
     return min(alive, key=lambda r: (alive[r]["valid_per"], alive[r]["valid_loss"]))
 
 # %% ../../nbs/probes/09_finetune.ipynb #e0e1fa5e
@@ -429,12 +426,10 @@ def finetune(
     for rate in rates if len(rates) > 1 else ():
         try:
             made = run(rate, tune_epochs if short else epochs)
+            tried[rate] = made[1][-1]
+            kept = made if not short and best_on_valid(tried) == rate else kept
         except Diverged as e:
             tried[rate] = dict(diverged=str(e))
-            continue
-        tried[rate] = made[1][-1]
-        if not short and best_on_valid(tried) == rate:
-            kept = made
     lr = best_on_valid(tried) if tried else rates[0]
     model, curve = kept or run(lr, epochs)
     shared = dict(start=start, lr=lr, lrs_tried={f"{r:g}": look for r, look in tried.items()}, epochs=epochs, batch_seconds=batch_seconds, curve=curve,

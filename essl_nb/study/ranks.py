@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from ..core.intervals import adjusted_p, joint_draws, p_value, percentiles
+from ..core.intervals import adjusted_p, joint_draws, p_value, percentiles, pooled_seeds
 from ..core.registry import EsslError, nearest
 from .results import draws_of, score_table, scores_of
 from .tables import interval_text
@@ -55,12 +55,14 @@ class Ranking:
     metric: str
     correction: str  # of the p-values for being many
     level: float  # 0.95: a pair is separable where its adjusted p is at most 0.05
+    seeds: str  # "own" or "pooled": whose seeds say how far seeds are apart
 
 
 def compared_pairs(
     scores: list, # of (name of its utterances, value, SeedScore) as in `draws_of`
     correction: str,
     level: float,
+    pool=None, # of `pooled_seeds`; None: each pair by its own seeds
 ) -> pd.DataFrame: # a row for each pair
     "The difference of each pair; NaN and not separable where the utterances are not the same. Raises EsslError for an unknown correction."
     pairs = []
@@ -68,7 +70,7 @@ def compared_pairs(
         (ids, value, score), (others, reference, other) = scores[i], scores[j]
         row = dict(first=i, second=j, value=value - reference, low=np.nan, high=np.nan, p=np.nan)
         if ids == others:
-            draws = joint_draws(score, other)
+            draws = joint_draws(score, other, pool)
             low, high = percentiles(draws, level)
             row |= dict(low=low, high=high, p=p_value(draws))
         pairs.append(row)
@@ -88,8 +90,11 @@ def rank_encoders(
     *,
     correction: str = "fdr", # for many pairs: "fdr", "holm" or "none"
     level: float = 0.95,
+    seeds: str = "own", # how far seeds are apart: "own", of each pair, or "pooled", the mean of all encoders with several
 ) -> Ranking:
-    "Pre-trained encoders by one score, and which pairs are separable. Raises EsslError for an unknown probe, metric or correction, and where no encoder has the score."
+    "Pre-trained encoders by one score, and which pairs are separable. Raises EsslError for an unknown probe, metric, correction or word for seeds, and where no encoder has the score."
+    if seeds not in ("own", "pooled"):
+        raise EsslError(f"seeds={seeds!r} was given; it can be 'own' or 'pooled'.")
     same = scores_of(results, probe)
     if metric not in set(same.metric):
         raise EsslError(f"The probe {probe!r} has no metric {metric!r}: {nearest(metric, set(same.metric))}.")
@@ -100,14 +105,15 @@ def rank_encoders(
     n = len(table)
     draws = draws_of(same, min(MOST_DRAWS, max(10_000, 40 * n * (n - 1))))  # enough for the smallest p that Holm asks for
     whose = [(e, o) for e, o in zip(table.encoder, table.objective)]
-    pairs = compared_pairs([draws[who] for who in whose], correction, level)
+    pool = pooled_seeds([score for *_, score in draws.values()]) if seeds == "pooled" else None
+    pairs = compared_pairs([draws[who] for who in whose], correction, level, pool)
     apart = np.zeros((n, n), dtype=bool)
     apart[pairs["first"][pairs.separable], pairs["second"][pairs.separable]] = True
     several = table.objective.nunique() > 1
     table.insert(0, "label", [f"{e}, {o}" if several else e for e, o in whose])
     better, worse = apart.sum(1), apart.sum(0)
     table = table.assign(better_than=better, not_separable=n - 1 - better - worse, worse_than=worse, groups=letters(largest_groups(~(apart | apart.T)), n))
-    return Ranking(table, pairs, probe, metric, correction, level)
+    return Ranking(table, pairs, probe, metric, correction, level, seeds)
 
 # %% ../../nbs/study/09_ranks.ipynb #ff6caa19
 def rank_text(
@@ -130,4 +136,5 @@ def rank_finding(
     tied = int(best.not_separable)
     top = f"{best.label} is separable from all others" if not tied else f"{tied} of the other {n - 1} encoder{'s' * (n > 2)} {'are' if tied > 1 else 'is'} not separable from the best, {best.label}"
     only = f" {'All' if lone == n else lone} of the {n} ha{'s' if lone == 1 else 've'} one seed." if lone else ""
+    only += " The spread of seeds is pooled." if ranking.seeds == "pooled" else ""
     return f"{int(pairs.separable.sum())} of {len(pairs)} pair{'s' * (len(pairs) > 1)} {'is' if len(pairs) == 1 else 'are'} separable; {top}.{only}"

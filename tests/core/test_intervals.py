@@ -15,6 +15,7 @@ from essl_nb.core.intervals import (
     p_value,
     paired_interval,
     percentiles,
+    pooled_seeds,
     ratio,
     resampled,
     seed_score,
@@ -106,6 +107,24 @@ def test_a_side_of_one_seed_brings_no_spread_of_seeds():
 def test_seeds_that_agree_wholly_leave_the_interval_of_utterances():
     a = scores(1, key=5)
     assert joint_interval(np.repeat(a, 3, 0)) == pytest.approx(bootstrap_interval(a[0]))
+
+
+def test_the_pool_is_the_mean_variance_with_all_degrees_of_freedom():
+    all_of = [seed_score(scores(S, seeds=0.02, both=0.03, key=k)) for k, S in enumerate((3, 5, 1, 2))]
+    pool = pooled_seeds(all_of)
+    assert pool.freedom == 2 + 4 + 1
+    assert pool.variance == pytest.approx(sum(((s.by_seed - s.by_seed.mean()) ** 2).sum() for s in all_of) / 7)
+    mean_square = sum(((s.parts - s.parts.mean(0)) ** 2).sum() / 69 for s in all_of if len(s.by_seed) > 1) / 7
+    assert pool.both == pytest.approx(mean_square / 70)
+    with pytest.raises(EsslError, match="None of these scores has two seeds"):
+        pooled_seeds(all_of[2:3])
+
+
+def test_a_pool_gives_single_seeds_an_interval_that_holds_seeds():
+    pool = pooled_seeds([seed_score(scores(seeds=0.03, both=0.02, key=k)) for k in range(6)])
+    one, other = (seed_score(scores(1, key=k)) for k in (11, 12))
+    (_, low, high), (_, near, far) = joint_difference(one, other, pool=pool), joint_difference(one, other)
+    assert high - low > 2 * (far - near) and (high - low) / 2 == pytest.approx(2.18 * math.sqrt(2 * pool.variance), rel=0.1)  # t of 12 degrees of freedom
 
 
 def test_utterances_of_unequal_length_and_silent_ones():

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from essl_nb.core.intervals import adjusted_p
+from essl_nb.core.registry import EsslError
 from essl_nb.study.ranks import largest_groups, letters, rank_encoders, rank_finding, rank_text
 from essl_nb.study.results import paired_table, score_table
 from essl_nb.viz.ranks import pair_matrix, rank_figure
@@ -53,6 +54,20 @@ def test_counts_and_letters_say_the_same_as_the_pairs():
     for p in r.pairs.itertuples():
         assert p.separable != bool({*t.groups[p.first]} & {*t.groups[p.second]})
     assert rank_text(r).index.tolist() == t.label.tolist() and rank_text(r).iloc[0]["score, %"].endswith("×3")
+
+
+def test_pooled_seeds_separate_more_and_cover_single_ones():
+    shifts = {f"e{i}": 0.01 * i for i in range(6)}
+    own, pooled = (rank_encoders(scores(shifts, key=1, spread=0.004), "p", correction="holm", seeds=s) for s in ("own", "pooled"))
+    assert pooled.pairs.separable.sum() > own.pairs.separable.sum() and "pooled" in rank_finding(pooled) and "pooled" not in rank_finding(own)
+    assert own.table[["encoder", "value", "low", "high"]].equals(pooled.table[["encoder", "value", "low", "high"]])
+    single = dict(seeds=dict.fromkeys(shifts, 3) | dict(e0=1, e5=1), spread=0.03, key=1)
+    own, pooled = (rank_encoders(scores(shifts, **single), "p", seeds=s) for s in ("own", "pooled"))
+    lone = (own.table.seeds[own.pairs["first"]].to_numpy() == 1) & (own.table.seeds[own.pairs["second"]].to_numpy() == 1)
+    width = lambda r: float((r.pairs.high - r.pairs.low)[lone].iloc[0])
+    assert lone.sum() == 1 and width(pooled) > 3 * width(own)
+    with pytest.raises(EsslError, match="has two seeds or more"):
+        rank_encoders(scores(shifts, seeds=1), "p", seeds="pooled")
 
 
 def test_lower_is_better_where_it_is_an_error_rate():
