@@ -75,7 +75,7 @@ class GatedDelta(MatrixState):
         "Keys of length 1, queries of length K^-1/2, decays and strengths, in float32 at least."
         q, k, v, beta, rate = widened(u).split([self.dim, self.dim, self.dim, self.heads, self.rates], -1)
         q, k, v, beta = (self.split_heads(x) for x in (q, k, v, beta))  # (B,n,H,·)
-        unit = lambda x: x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+        unit = lambda x: x * ((x * x).sum(-1, keepdim=True) + 1e-6).rsqrt()
         log_w = -widened(self.A_log).exp()[:, None] * self.split_heads(F.softplus(rate + self.dt_bias))
         log_w = log_w.clamp(min=LEAST_LOG_DECAY) if self.decay == "channel" else log_w
         k = unit(k)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import reversal, reverse_frames
 from ..core.traced import exporting_onnx, scan_frames
 from .base import mixers
 from .matrix_state import MatrixState, head_width
@@ -63,19 +64,23 @@ class MLSTM(MatrixState):
         gates = CAP * torch.tanh((self.gates(x) + self.gate_bias) / CAP)
         return torch.cat([qkv, gates, gate], -1)
 
-    def run(self, u: Tensor, state: Tensor | None = None, own: bool = True) -> tuple: # (B,n,entering) → (B,n,D), the state after (B,H,K,V+2)
-        "One direction, its gates divided by e^m."
+    def recurrence(self, u: Tensor) -> dict: # q, k (B,n,H,K), v (B,n,H,V), log_i, log_f (B,n,H) float64
+        "Gates as logarithms."
         q, k, v, log_i, f = widened(u).split([self.keys, self.keys, self.dim, self.heads, self.heads], -1)
         q, k, v = map(self.split_heads, (q, k, v))  # (B,n,H,·)
-        log_i, log_f = log_i.double(), F.logsigmoid(f.double())  # (B,n,H)
-        first = log_f.new_zeros(len(u), 1, self.heads) if state is None else state[:, None, :, 0, -1].double()
+        return dict(q=q * q.shape[-1] ** -0.5, k=k, v=F.pad(v, (0, 1), value=1.0), log_i=log_i.double(), log_f=F.logsigmoid(f.double()))
+
+    def run(self, given: dict, state: Tensor | None = None, turned: Tensor | None = None) -> tuple: # (B,n,D), the state after (B,H,K,V+2)
+        "One direction, its gates divided by e^m."
+        q, k, v, log_i, log_f = given.values()
+        rows = None if turned is None else reversal(turned, v.shape[1])
+        log_i, log_f = (x if rows is None else reverse_frames(x, rows) for x in (log_i, log_f))
+        first = log_f.new_zeros(len(v), 1, self.heads) if state is None else state[:, None, :, 0, -1].double()
         m = stabiliser(log_f, log_i, first)
-        decay = (log_f + torch.cat([first, m[:, :-1]], 1) - m).to(v.dtype)[..., None]
-        entering = (log_i - m).exp().to(v.dtype)[..., None]
-        matrix = None if state is None else state[..., :-1]
-        y, matrix = matrix_state(q * q.shape[-1] ** -0.5, k, F.pad(v, (0, 1), value=1.0) * entering, decay, state=matrix, own=own)
-        least = (-m).exp().to(v.dtype)[..., None]  # the 1, divided by e^m
-        h = y[..., :-1] / (torch.maximum(y[..., -1:].abs(), least) + 1e-6)
+        scaled = torch.stack([log_f + torch.cat([first, m[:, :-1]], 1) - m, log_i - m, -m], -1)  # (B,n,H,3)
+        decay, entering, least = (scaled if rows is None else reverse_frames(scaled, rows)).to(v.dtype).split(1, -1)
+        y, matrix = matrix_state(q, k, v * entering.exp(), decay, state=None if state is None else state[..., :-1], turned=turned, own=rows is None)
+        h = y[..., :-1] / (torch.maximum(y[..., -1:].abs(), least.exp()) + 1e-6)  # e^-m is the 1, divided by e^m
         last = m[:, -1, :, None, None].to(matrix.dtype).expand(*matrix.shape[:3], 1)
         return h.flatten(2), torch.cat([matrix, last], -1)
 

@@ -56,7 +56,8 @@ class RWKV7(MatrixState):
     def local(self, z: Tensor) -> Tensor: # (B,n,8D): r, k̃, v, w, κ, η | bonus, gate
         "Token shift and everything that is computed frame by frame."
         x, other = self.shifted(z)
-        r, w, k, v, a, g = (torch.lerp(x, other, share.to(x.dtype)) for share in self.mu.view(len(SHIFTED), self.dim))
+        towards = other - x
+        r, w, k, v, a, g = (torch.addcmul(x, towards, share.to(x.dtype)) for share in self.mu.view(len(SHIFTED), self.dim))
         r, k, v = self.r_proj(r), self.k_proj(k), self.v_proj(v)
         w = self.w0 + self.w_out(self.w_in(w).tanh())
         a = (self.a0 + self.a_out(self.a_in(a))).sigmoid()
