@@ -80,7 +80,7 @@ class MLSTM(MatrixState):
         scaled = torch.stack([log_f + torch.cat([first, m[:, :-1]], 1) - m, log_i - m, -m], -1)  # (B,n,H,3)
         decay, entering, least = (scaled if rows is None else reverse_frames(scaled, rows)).to(v.dtype).split(1, -1)
         y, matrix = matrix_state(q, k, v * entering.exp(), decay, state=None if state is None else state[..., :-1], turned=turned, own=rows is None)
-        h = y[..., :-1] / (torch.maximum(y[..., -1:].abs(), least.exp()) + 1e-6)  # e^-m is the 1, divided by e^m
+        h = y[..., :-1] / torch.maximum(y[..., -1:].abs(), least.exp())  # e^-m is the 1, divided by e^m
         last = m[:, -1, :, None, None].to(matrix.dtype).expand(*matrix.shape[:3], 1)
         return h.flatten(2), torch.cat([matrix, last], -1)
 

@@ -76,7 +76,7 @@ def matrix_state_reference(
     return in_order(torch.stack(y, 1), rows), state
 
 # %% ../../nbs/ops/05_matrix_state.ipynb #5b3854fe
-CHUNK, FEATURE_CHUNK = 64, 16  # frames of a chunk with one decay a head, and with one for each feature
+CHUNK, FEATURE_CHUNK = 32, 16  # frames of a chunk with one decay a head, and with one for each feature
 LEAST_LOG_DECAY = -5.0  # of a feature in one frame: float32 holds e^(16/2 · 5) and its square
 
 
@@ -85,12 +85,14 @@ def decayed_products(
     y: Tensor, # (…,C,K)
     cx: Tensor, # (…,C,K) or (…,C,1) sums of log decays up to the frames of x
     cy: Tensor, # the same for y
-) -> Tensor: # (…,C,C), of meaning where y's frame is not after x's
+    own: bool, # with the diagonal
+) -> Tensor: # (…,C,C), 0 where y's frame is after x's
     "x_t · y_j with the decay between the two frames."
     if cx.shape[-1] == 1:
-        return (x @ y.mT) * (cx - cy.mT).clamp(max=0).to(x.dtype).exp()
+        later = torch.ones(cx.shape[-2], cx.shape[-2], dtype=torch.bool, device=x.device).triu(1 if own else 0)
+        return (x @ y.mT) * (cx - cy.mT).to(x.dtype).masked_fill(later, -torch.inf).exp()
     middle = cy[..., cy.shape[-2] // 2, None, :].detach()
-    return (x * (cx - middle).exp()) @ (y * (middle - cy).exp()).mT
+    return ((x * (cx - middle).exp()) @ (y * (middle - cy).exp()).mT).tril(0 if own else -1)
 
 
 def chunks_of_heads(
@@ -112,8 +114,8 @@ def erased_reads(
     c: Tensor, # (B,H,G,C,·) with the frame's own
 ) -> tuple: # P (B,H,G,C,K), R (B,H,G,C,V)
     "U = P S₀ + R, what each frame of a chunk reads to be erased."
-    system = decayed_products(a, b, before, c).tril(-1)
-    right = torch.cat([a * before.exp().to(a.dtype), decayed_products(a, k, before, c).tril(-1) @ v], -1)
+    system = decayed_products(a, b, before, c, False)
+    right = torch.cat([a * before.exp().to(a.dtype), decayed_products(a, k, before, c, False) @ v], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     return solved.split([a.shape[-1], v.shape[-1]], -1)
 
@@ -138,9 +140,9 @@ def matrix_state_chunks(
         starts.append(state)
         state = kept * state + entering if a is None else kept * state + entering - erased[g] @ (P[:, :, g] @ state + R[:, :, g])
     starts = torch.stack(starts, 2)  # (B,H,G,K,V)
-    y = (q * now) @ starts + decayed_products(q, k, c, c).tril() @ v
+    y = (q * now) @ starts + decayed_products(q, k, c, c, True) @ v
     if a is not None:
-        y = y - decayed_products(q, b, c, c).tril() @ (P @ starts + R)
+        y = y - decayed_products(q, b, c, c, True) @ (P @ starts + R)
     return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T], state
 
 # %% ../../nbs/ops/05_matrix_state.ipynb #9cbb516e
