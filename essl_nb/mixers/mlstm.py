@@ -75,7 +75,7 @@ class MLSTM(MatrixState):
         q, k, v, log_i, log_f = given.values()
         rows = None if turned is None else reversal(turned, v.shape[1])
         log_i, log_f = (x if rows is None else reverse_frames(x, rows) for x in (log_i, log_f))
-        first = log_f.new_zeros(len(v), 1, self.heads) if state is None else state[:, None, :, 0, -1].double()
+        first = log_f.new_zeros(v.shape[0], 1, self.heads) if state is None else state[:, None, :, 0, -1].double()
         m = stabiliser(log_f, log_i, first)
         scaled = torch.stack([log_f + torch.cat([first, m[:, :-1]], 1) - m, log_i - m, -m], -1)  # (B,n,H,3)
         decay, entering, least = (scaled if rows is None else reverse_frames(scaled, rows)).to(v.dtype).split(1, -1)

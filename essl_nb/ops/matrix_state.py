@@ -392,7 +392,7 @@ def matrix_state(
     state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if state is None else state
     form = matrix_state_form(v)
     if form == "compiled":
-        nothing, turned = v.new_empty(*v.shape[:3], 0), torch.zeros(len(v), dtype=torch.int64, device=v.device) if turned is None else turned
+        nothing, turned = v.new_empty(*v.shape[:3], 0), torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) if turned is None else turned
         given = (q, k, v, log_w.exp(), nothing if a is None else a, nothing if b is None else b, state, turned)
         return matrix_state_forward(*(x.contiguous() for x in given), own)[:2]
     rows = None if turned is None else reversal(turned, v.shape[1])
