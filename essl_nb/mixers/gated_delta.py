@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.registry import EsslError
 from .base import mixers
-from .matrix_state import MatrixState, filter_sides, head_width
+from .matrix_recurrence import MatrixState, filter_sides, head_width
 from ..ops.matrix_state import LEAST_LOG_DECAY, widened
 from ..ops.temporal import depthwise
 

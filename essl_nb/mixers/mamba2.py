@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.registry import EsslError
 from .base import mixers
 from .gated_delta import spread_rates, spread_steps
-from .matrix_state import MatrixState, filter_sides
+from .matrix_recurrence import MatrixState, filter_sides
 from ..ops.matrix_state import widened
 from ..ops.temporal import depthwise
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import mixers
-from .matrix_state import check_state
+from .matrix_recurrence import check_state
 from .recurrent import Recurrent
 from ..ops.scan import selective_scan
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.shapes import reversal, reverse_frames
 from ..core.traced import exporting_onnx, scan_frames
 from .base import mixers
-from .matrix_state import MatrixState, head_width
+from .matrix_recurrence import MatrixState, head_width
 from ..ops.matrix_state import matrix_state, widened
 
 CAP = 15.0  # of both gates before their nonlinearity
@@ -70,16 +70,16 @@ class MLSTM(MatrixState):
         q, k, v = map(self.split_heads, (q, k, v))  # (B,n,H,·)
         return dict(q=q * q.shape[-1] ** -0.5, k=k, v=F.pad(v, (0, 1), value=1.0), log_i=log_i.double(), log_f=F.logsigmoid(f.double()))
 
-    def run(self, given: dict, state: Tensor | None = None, turned: Tensor | None = None) -> tuple: # (B,n,D), the state after (B,H,K,V+2)
+    def run(self, given: dict, state: Tensor | None = None, reversed_frames: Tensor | None = None) -> tuple: # (B,n,D), the state after (B,H,K,V+2)
         "One direction, its gates divided by e^m."
         q, k, v, log_i, log_f = given.values()
-        rows = None if turned is None else reversal(turned, v.shape[1])
+        rows = None if reversed_frames is None else reversal(reversed_frames, v.shape[1])
         log_i, log_f = (x if rows is None else reverse_frames(x, rows) for x in (log_i, log_f))
         first = log_f.new_zeros(v.shape[0], 1, self.heads) if state is None else state[:, None, :, 0, -1].double()
         m = stabiliser(log_f, log_i, first)
         scaled = torch.stack([log_f + torch.cat([first, m[:, :-1]], 1) - m, log_i - m, -m], -1)  # (B,n,H,3)
         decay, entering, least = (scaled if rows is None else reverse_frames(scaled, rows)).to(v.dtype).split(1, -1)
-        y, matrix = matrix_state(q, k, v * entering.exp(), decay, state=None if state is None else state[..., :-1], turned=turned, own=rows is None)
+        y, matrix = matrix_state(q, k, v * entering.exp(), decay, state=None if state is None else state[..., :-1], reversed_frames=reversed_frames, own=rows is None)
         h = y[..., :-1] / torch.maximum(y[..., -1:].abs(), least.exp())  # e^-m is the 1, divided by e^m
         last = m[:, -1, :, None, None].to(matrix.dtype).expand(*matrix.shape[:3], 1)
         return h.flatten(2), torch.cat([matrix, last], -1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.registry import EsslError
 from .base import mixers
-from .matrix_state import MatrixState, head_width
+from .matrix_recurrence import MatrixState, head_width
 from ..ops.matrix_state import widened
 
 SHIFTED = ("r", "w", "k", "v", "a", "g")  # what the six shares of the neighbour are for

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Map, Mixer, mixers
-from .matrix_state import check_state, filter_sides
+from .matrix_recurrence import check_state, filter_sides
 from ..ops.temporal import depthwise
 from ..ops.tiles import in_tiles
 

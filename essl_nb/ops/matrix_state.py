@@ -62,12 +62,12 @@ def matrix_state_reference(
     b: Tensor | None = None, # (B,T,H,K) where it is erased
     state: Tensor | None = None, # (B,H,K,V) before the first frame; zeros by default
     *,
-    turned: Tensor | None = None, # (B,) int64, so many frames are read from last to first, before the others; None: 0
+    reversed_frames: Tensor | None = None, # (B,) int64, so many frames are read from last to first, before the others; None: 0
     own: bool = True, # False: a frame reads without what it writes itself
 ) -> tuple: # y (B,T,H,V) and the state after the frame that is read last (B,H,K,V)
     "One frame after the other, as the equation says."
     (B, T, H, V), K = v.shape, k.shape[3]
-    rows = None if turned is None else reversal(turned, T)
+    rows = None if reversed_frames is None else reversal(reversed_frames, T)
     state = v.new_zeros(B, H, K, V) if state is None else state
     given, y = [in_order(x, rows) for x in (q, k, v, log_w, a, b) if x is not None], []
     for t in range(T):
@@ -180,13 +180,13 @@ def dot(x, y):
 
 
 @inlined(fastmath=FLAGS)
-def frame_read(m, turned): # the frame that is read as the m-th
-    "The first `turned` frames from last to first, the others in place."
-    return turned - 1 - m if m < turned else m
+def frame_read(m, reversed_frames): # the frame that is read as the m-th
+    "The first `reversed_frames` frames from last to first, the others in place."
+    return reversed_frames - 1 - m if m < reversed_frames else m
 
 # %% ../../nbs/ops/05_matrix_state.ipynb #eba2dbc2
 @compiled(fastmath=FLAGS)
-def forward_loop(q, k, v, w, a, b, turned, own, y, starts): # fills y (B,T,H,V) and starts (B,G+1,H,K,V), whose first is given
+def forward_loop(q, k, v, w, a, b, reversed_frames, own, y, starts): # fills y (B,T,H,V) and starts (B,G+1,H,K,V), whose first is given
     "One frame after the other, head by head."
     (B, T, H, V), K = v.shape, k.shape[3]
     S, read, out = np.empty((2, K, V), v.dtype), np.empty(V, v.dtype), np.empty(V, v.dtype)
@@ -196,7 +196,7 @@ def forward_loop(q, k, v, w, a, b, turned, own, y, starts): # fills y (B,T,H,V) 
             for m in range(T):
                 if m and m % SEGMENT == 0:
                     starts[s, m // SEGMENT, h] = S[m % 2]
-                t, new = frame_read(m, turned[s]), S[(m + 1) % 2]
+                t, new = frame_read(m, reversed_frames[s]), S[(m + 1) % 2]
                 query, key, value = q[s, t, h % q.shape[2]], k[s, t, h % k.shape[2]], v[s, t, h]
                 advance(S[m % 2], new, read, key, value, w[s, t, h], a[s, t, h], b[s, t, h])
                 out[:] = 0
@@ -261,7 +261,7 @@ def without_own(q, k, v, dy, dq, dk, dv): # takes from dq, dk, dv what the produ
 
 
 @compiled(fastmath=FLAGS)
-def backward_loop(dy, q, k, v, w, a, b, turned, own, starts, dq, dk, dv, dw, da, db, dstate): # fills the gradients; dq, dk, dw are given as zeros, dstate as the gradient of the last state
+def backward_loop(dy, q, k, v, w, a, b, reversed_frames, own, starts, dq, dk, dv, dw, da, db, dstate): # fills the gradients; dq, dk, dw are given as zeros, dstate as the gradient of the last state
     "Segment after segment from the end: its states once more forwards, then the gradients backwards."
     (B, T, H, V), K = v.shape, k.shape[3]
     S, reads = np.empty((SEGMENT + 1, K, V), v.dtype), np.empty((SEGMENT, V), v.dtype)
@@ -274,10 +274,10 @@ def backward_loop(dy, q, k, v, w, a, b, turned, own, starts, dq, dk, dv, dw, da,
                 S[0] = starts[s, first // SEGMENT, h]
                 frames = min(SEGMENT, T - first)
                 for m in range(frames):
-                    t = frame_read(first + m, turned[s])
+                    t = frame_read(first + m, reversed_frames[s])
                     advance(S[m], S[m + 1], reads[m], k[s, t, y], v[s, t, h], w[s, t, h], a[s, t, h], b[s, t, h])
                 for m in range(frames - 1, -1, -1):
-                    t = frame_read(first + m, turned[s])
+                    t = frame_read(first + m, reversed_frames[s])
                     query, key, value, to_y = q[s, t, x], k[s, t, y], v[s, t, h], dy[s, t, h]
                     retreat(G, S[m], S[m + 1], reads[m], query, key, value, w[s, t, h], a[s, t, h], b[s, t, h], to_y,
                             du, dq[s, t, x], dk[s, t, y], dvalue, dw[s, t, h], da[s, t, h], db[s, t, h])
@@ -288,39 +288,39 @@ def backward_loop(dy, q, k, v, w, a, b, turned, own, starts, dq, dk, dv, dw, da,
 
 # %% ../../nbs/ops/05_matrix_state.ipynb #d3817c30
 @torch.library.custom_op("essl_nb::matrix_state_forward", mutates_args=())
-def matrix_state_forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, state: Tensor, turned: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor]:
+def matrix_state_forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, state: Tensor, reversed_frames: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor]:
     "y, the last state, and the states before each segment for the backward pass."
     y, starts = torch.empty_like(v), v.new_empty(v.shape[0], -(-v.shape[1] // SEGMENT) + 1, *state.shape[1:])
     starts[:, 0] = state
-    forward_loop(*(x.detach().numpy() for x in (q, k, v, w, a, b, turned)), own, y.numpy(), starts.numpy())
+    forward_loop(*(x.detach().numpy() for x in (q, k, v, w, a, b, reversed_frames)), own, y.numpy(), starts.numpy())
     return y, starts[:, -1].clone(), starts
 
 
 @torch.library.custom_op("essl_nb::matrix_state_backward", mutates_args=())
-def matrix_state_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, starts: Tensor, turned: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def matrix_state_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, starts: Tensor, reversed_frames: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "The gradients of all inputs."
     found = torch.zeros_like(q), torch.zeros_like(k), torch.empty_like(v), torch.zeros_like(w), torch.empty_like(a), torch.empty_like(b), dlast.clone()
-    given = [x.detach().numpy() for x in (dy.contiguous(), q, k, v, w, a, b, turned)]
+    given = [x.detach().numpy() for x in (dy.contiguous(), q, k, v, w, a, b, reversed_frames)]
     backward_loop(*given, own, starts.detach().numpy(), *(x.numpy() for x in found))
     return found
 
 
 @matrix_state_forward.register_fake
-def forward_shapes(q, k, v, w, a, b, state, turned, own):
+def forward_shapes(q, k, v, w, a, b, state, reversed_frames, own):
     "Shapes only."
     return torch.empty_like(v), torch.empty_like(state), v.new_empty(v.shape[0], -(-v.shape[1] // SEGMENT) + 1, *state.shape[1:])
 
 
 @matrix_state_backward.register_fake
-def backward_shapes(dy, dlast, q, k, v, w, a, b, starts, turned, own):
+def backward_shapes(dy, dlast, q, k, v, w, a, b, starts, reversed_frames, own):
     "Shapes only."
     return *(torch.empty_like(x) for x in (q, k, v, w, a, b)), torch.empty_like(dlast)
 
 
 def keep_for_backward(ctx, inputs, output):
     "Everything but the state, which is the first of the states kept."
-    *given, _, turned, ctx.own = inputs
-    ctx.save_for_backward(*given, output[2], turned)
+    *given, _, reversed_frames, ctx.own = inputs
+    ctx.save_for_backward(*given, output[2], reversed_frames)
 
 
 def state_gradients(ctx, dy, dlast, _):
@@ -384,7 +384,7 @@ def matrix_state(
     b: Tensor | None = None, # (B,T,H,K) where it is erased
     state: Tensor | None = None, # (B,H,K,V) before the first frame; zeros by default
     *,
-    turned: Tensor | None = None, # (B,) int64, so many frames are read from last to first, before the others; None: 0
+    reversed_frames: Tensor | None = None, # (B,) int64, so many frames are read from last to first, before the others; None: 0
     own: bool = True, # False: a frame reads without what it writes itself
 ) -> tuple: # y (B,T,H,V) and the state after the frame that is read last (B,H,K,V), in float32 at least
     "`matrix_state_reference`, fast, and with memory for T/32 states instead of T."
@@ -392,10 +392,10 @@ def matrix_state(
     state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if state is None else state
     form = matrix_state_form(v)
     if form == "compiled":
-        nothing, turned = v.new_empty(*v.shape[:3], 0), torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) if turned is None else turned
-        given = (q, k, v, log_w.exp(), nothing if a is None else a, nothing if b is None else b, state, turned)
+        nothing, reversed_frames = v.new_empty(*v.shape[:3], 0), torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) if reversed_frames is None else reversed_frames
+        given = (q, k, v, log_w.exp(), nothing if a is None else a, nothing if b is None else b, state, reversed_frames)
         return matrix_state_forward(*(x.contiguous() for x in given), own)[:2]
-    rows = None if turned is None else reversal(turned, v.shape[1])
+    rows = None if reversed_frames is None else reversal(reversed_frames, v.shape[1])
     given = [in_order(x, rows) for x in (q, k, v, log_w, a, b)]
     if form == "written":
         y, last = matrix_state_written(*given, state)

@@ -11,7 +11,7 @@ from essl_nb.core.shapes import lengths_to_mask
 from essl_nb.mixers.checks import MIXER_CHECKS
 from essl_nb.mixers.gated_delta import GatedDelta
 from essl_nb.mixers.mamba2 import Mamba2
-from essl_nb.mixers.matrix_state import MatrixState
+from essl_nb.mixers.matrix_recurrence import MatrixState
 from essl_nb.mixers.mingru import MinGRU, share_of_step
 from essl_nb.mixers.mlstm import MLSTM, stabiliser
 from essl_nb.mixers.rwkv7 import RWKV7
@@ -111,7 +111,7 @@ def test_both_directions_read_a_frame_once(cls):
     u = mixer.local(torch.nn.functional.pad(made[0] if isinstance(made := mixer.project(x), tuple) else made, (0, 0, mixer.past, mixer.future)),
                     *(made[1:] if isinstance(made, tuple) else ()))
     given = mixer.recurrence(u[..., :mixer.entering])
-    left, right = mixer.run(given)[0], mixer.run(given, turned=torch.ones(3, dtype=torch.int64))[0]
+    left, right = mixer.run(given)[0], mixer.run(given, reversed_frames=torch.ones(3, dtype=torch.int64))[0]
     assert left.abs().max() > 0 and right.abs().max() < 1e-12
 
 

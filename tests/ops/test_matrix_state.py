@@ -32,13 +32,13 @@ def inputs(T, *, per_feature=False, erases=True, batch=2, H=3, K=6, V=5, shared=
     return [x if x is None else x.requires_grad_() for x in given]
 
 
-def by_chunks(*given, turned=None, own=True):
+def by_chunks(*given, reversed_frames=None, own=True):
     "The chunks alone, as `matrix_state` calls them on a GPU."
     from essl_nb.core.shapes import reversal
     from essl_nb.ops.matrix_state import in_order
 
     *x, state = given
-    rows = None if turned is None else reversal(turned, x[0].shape[1])
+    rows = None if reversed_frames is None else reversal(reversed_frames, x[0].shape[1])
     y, last = matrix_state_chunks(*(in_order(z, rows) for z in x), state)
     y = in_order(y, rows)
     return y if own else y - (x[0] * x[1]).sum(-1, keepdim=True) * x[2], last
@@ -65,11 +65,11 @@ def test_every_form_is_the_equation(T, erases, per_feature, form):
 @pytest.mark.parametrize("form", [matrix_state, by_chunks], ids=["compiled", "chunks"])
 @decays
 @kinds
-@pytest.mark.parametrize("turned", [(37, 37), (37, 0), (20, 1)], ids=str)
-def test_from_the_right_a_frame_reads_what_the_others_wrote(turned, erases, per_feature, form):
+@pytest.mark.parametrize("reversed_frames", [(37, 37), (37, 0), (20, 1)], ids=str)
+def test_from_the_right_a_frame_reads_what_the_others_wrote(reversed_frames, erases, per_feature, form):
     given = inputs(37, per_feature=per_feature, erases=erases)
     for own in (True, False):
-        options = dict(turned=torch.tensor(turned), own=own)
+        options = dict(reversed_frames=torch.tensor(reversed_frames), own=own)
         agree(form(*given, **options), matrix_state_reference(*given, **options), given)
 
 
@@ -77,7 +77,7 @@ def test_from_the_right_a_frame_reads_what_the_others_wrote(turned, erases, per_
 def test_heads_may_share_queries_and_keys(form):
     given = inputs(40, erases=False, shared=True)
     agree(form(*given), matrix_state_reference(*given), given)
-    options = dict(turned=torch.tensor([40, 11]), own=False)
+    options = dict(reversed_frames=torch.tensor([40, 11]), own=False)
     agree(form(*given, **options), matrix_state_reference(*given, **options), given)
 
 
@@ -97,7 +97,7 @@ def test_the_gradient_is_that_of_finite_differences(erases):
     given = inputs(5, erases=erases, batch=1, H=2, K=3, V=2)
     there = [x for x in given if x is not None]
     put = lambda *x: x if erases else (*x[:4], None, None, x[4])
-    for options in ({}, dict(turned=torch.tensor([4]), own=False)):
+    for options in ({}, dict(reversed_frames=torch.tensor([4]), own=False)):
         torch.autograd.gradcheck(lambda *x: matrix_state(*put(*x), **options), there)
 
 
