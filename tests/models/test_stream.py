@@ -235,7 +235,7 @@ def test_a_bidirectional_recurrence_trained_without_its_way_back_can_leave_it_ou
         assert len(seen) == 2  # with the way back, and without
         model.eval().set_chunk(1)
         torch.testing.assert_close(streamed(model, SOUND[:1], 1600), model(SOUND[:1]).frames, rtol=0, atol=1e-5)
-        back = model.blocks[0].mixer.back
+        back = getattr(model.blocks[0].mixer, "back", torch.nn.Module())  # some have one set of weights for both ways
         before = model(SOUND[:1]).frames
         with torch.no_grad(), suppress(StopIteration):
             next(back.parameters()).add_(1.0)
