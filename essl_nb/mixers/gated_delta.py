@@ -32,7 +32,8 @@ def spread_steps(number: int) -> Tensor: # (number,)
     return step + torch.log(-torch.expm1(-step))
 
 # %% ../../nbs/mixers/23_gated_delta.ipynb #789274b1
-@mixers.register("gated_delta", family="recurrent", complexity="T", paper="2412.06464", tiny=dict(num_heads=2), grid=dict(num_heads=[2, 4, 8], decay=["head", "channel"]))
+@mixers.register("gated_delta", family="recurrent", complexity="T", paper="2412.06464", tiny=dict(num_heads=2),
+                 grid=dict(num_heads=[2, 4, 8], decay=["head", "channel"]))
 class GatedDelta(MatrixState):
     "Linear, filters, the gated delta rule in one direction or both, norm, gate, Linear."
 
@@ -49,13 +50,15 @@ class GatedDelta(MatrixState):
             raise EsslError(f"decay={decay!r} was given; allowed: {', '.join(map(repr, DECAYS))}.")
         K, (kernel, past, future) = head_width(dim, num_heads), filter_sides(kernel, causal)
         self.decay, self.rates, self.rank = decay, *((num_heads, num_heads) if decay == "head" else (dim, K))
-        super().__init__(dim, heads=num_heads, state_shape=(K, K), entering=3 * dim + num_heads + self.rates, widest=4 * dim,
-                         filtered=3 * dim, past=past, future=future, causal=causal, direction_dropout=direction_dropout)
+        super().__init__(dim, heads=num_heads, state_shape=(K, K), entering=3 * dim + num_heads + self.rates,
+                         widest=4 * dim, filtered=3 * dim, past=past, future=future, causal=causal,
+                         direction_dropout=direction_dropout)
         self.in_proj = nn.Linear(dim, 4 * dim + num_heads + self.rank, bias=False)  # q, k, v | β, rates, gate
         self.rate_proj = nn.Linear(K, dim, bias=False) if decay == "channel" else None
         self.conv = nn.Conv2d(3 * dim, 3 * dim, (kernel, 1), groups=3 * dim, bias=False)
         self.A_log = nn.Parameter(spread_rates(num_heads))
-        self.dt_bias = nn.Parameter(spread_steps(self.rates // num_heads).repeat(num_heads) if decay == "channel" else spread_steps(num_heads))
+        steps = spread_steps(num_heads) if decay == "head" else spread_steps(K).repeat(num_heads)
+        self.dt_bias = nn.Parameter(steps)
         self.norm = nn.RMSNorm(K, eps=1e-6)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 

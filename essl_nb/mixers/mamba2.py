@@ -28,11 +28,15 @@ def inner_heads(
     if head_dim is None:
         head_dim = max(n for n in range(1, min(inner, WIDEST_HEAD) + 1) if inner % n == 0)
     if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1 or inner % head_dim:
-        raise EsslError(f"head_dim={head_dim!r} was given with {inner} inner features (expand · dim); heads share them evenly. Leave it out for the largest that fits, up to {WIDEST_HEAD}.")
+        raise EsslError(
+            f"head_dim={head_dim!r} was given with {inner} inner features (expand · dim); heads share them evenly. "
+            f"Leave it out for the largest that fits, up to {WIDEST_HEAD}."
+        )
     return inner // head_dim
 
 # %% ../../nbs/mixers/25_mamba2.ipynb #cc8670aa
-@mixers.register("mamba2", family="recurrent", complexity="T", paper="2405.21060", tiny=dict(d_state=4, head_dim=8), grid=dict(d_state=[32, 64, 128], expand=[1, 2]))
+@mixers.register("mamba2", family="recurrent", complexity="T", paper="2405.21060", tiny=dict(d_state=4, head_dim=8),
+                 grid=dict(d_state=[32, 64, 128], expand=[1, 2]))
 class Mamba2(MatrixState):
     "Linear, a filter, state spaces with one decay a head in one direction or both, gate, norm, Linear."
 
@@ -51,7 +55,8 @@ class Mamba2(MatrixState):
             raise EsslError(f"d_state={d_state}, expand={expand} were given; each must leave 1 or more.")
         H = inner_heads(E, head_dim)
         super().__init__(dim, heads=H, state_shape=(N, E // H), entering=E + 2 * N + H, widest=3 * E,
-                         filtered=E + 2 * N, past=past, future=future, causal=causal, direction_dropout=direction_dropout)
+                         filtered=E + 2 * N, past=past, future=future, causal=causal,
+                         direction_dropout=direction_dropout)
         self.inner, self.d_state = E, N
         self.in_proj = nn.Linear(dim, 2 * E + 2 * N + H, bias=False)  # x, B, C | Δ, z
         self.conv = nn.Conv2d(self.filtered, self.filtered, (kernel, 1), groups=self.filtered)
@@ -73,7 +78,8 @@ class Mamba2(MatrixState):
         "Steps and decays in float32 at least; queries and keys for all heads."
         x, B, C, step = widened(u).split([self.inner, self.d_state, self.d_state, self.heads], -1)
         step = F.softplus(step + self.dt_bias)[..., None]  # (B,n,H,1)
-        return dict(q=C[:, :, None], k=B[:, :, None], v=self.split_heads(x) * step, log_w=-widened(self.A_log).exp()[:, None] * step)
+        log_w = -widened(self.A_log).exp()[:, None] * step
+        return dict(q=C[:, :, None], k=B[:, :, None], v=self.split_heads(x) * step, log_w=log_w)
 
     def output(self, y: Tensor, rest: Tensor) -> Tensor: # (B,n,E), (B,n,2E) → (B,n,D)
         "What goes past the state, gate, norm, linear layer."

@@ -27,7 +27,9 @@ def head_width(
     "Raises EsslError where the heads do not divide the width."
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or dim % heads:
         fitting = ", ".join(str(n) for n in range(1, min(dim, 16) + 1) if dim % n == 0)
-        raise EsslError(f"{name}={heads!r} was given with a width of {dim}; heads share the width evenly: {fitting} do, for example.")
+        raise EsslError(
+            f"{name}={heads!r} was given with a width of {dim}; heads share the width evenly: {fitting} do, for example."
+        )
     return dim // heads
 
 
@@ -38,7 +40,9 @@ def filter_sides(
     "Raises EsslError for a kernel without a middle frame, or without any."
     kernel = (4 if causal else 5) if kernel is None else kernel
     if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or (kernel % 2 == 0 and not causal):
-        raise EsslError(f"kernel={kernel!r} was given; a filter spans 1 frame or more, and an odd number unless causal=True.")
+        raise EsslError(
+            f"kernel={kernel!r} was given; a filter spans 1 frame or more, and an odd number unless causal=True."
+        )
     past = kernel - 1 if causal else kernel // 2
     return kernel, past, kernel - 1 - past
 
@@ -53,17 +57,21 @@ def check_state(
     for name, shape in shapes.items():
         found = tuple(state[name].shape) if name in state else None
         if found != (wanted := (x.shape[0], *shape)):
-            raise EsslError(f"The state's {name!r} is {'missing' if found is None else found}; this {type(mixer).__name__} takes {wanted} for a chunk of "
-                            f"{x.shape[0]} streams. Start with init_state({x.shape[0]}) of the same mixer.")
+            raise EsslError(
+                f"The state's {name!r} is {'missing' if found is None else found}; this {type(mixer).__name__} takes "
+                f"{wanted} for a chunk of {x.shape[0]} streams. Start with init_state({x.shape[0]}) of the same mixer."
+            )
 
 # %% ../../nbs/mixers/22_matrix_recurrence.ipynb #876b3574
 def frames_of(x: Tensor, mask: Tensor | None = None) -> Tensor: # (B,) int64
     "How many frames of each utterance are real."
-    return torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device) if mask is None else mask_to_lengths(mask)
+    if mask is not None:
+        return mask_to_lengths(mask)
+    return torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
 
 # %% ../../nbs/mixers/22_matrix_recurrence.ipynb #2189626e
 class MatrixState(Mixer):
-    "A recurrence over matrices, from the left or from both sides. A subclass implements `project`, `local`, `recurrence`, `output`."
+    "A recurrence over matrices, from the left or both sides. A subclass has `project`, `local`, `recurrence`, `output`."
     can_be_chunked = True
 
     def __init__(self,
@@ -105,7 +113,7 @@ class MatrixState(Mixer):
         return x.unflatten(-1, (self.heads, -1))
 
     def run(self, given: dict, state: Tensor | None = None, reversed_frames: Tensor | None = None) -> tuple: # (B,n,H·V), the state after
-        "One direction: from the left, or `reversed_frames` frames of each utterance from the right, each without what it writes itself."
+        "From the left; or so many frames of each utterance from the right, each without what it writes itself."
         y, state = matrix_state(**given, state=state, reversed_frames=reversed_frames, own=reversed_frames is None)
         return y.flatten(2), state
 
@@ -120,7 +128,8 @@ class MatrixState(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        u = in_tiles(self.local, x, mask, before=self.project, past=self.past, future=self.future, width=self.widest, layers=self, chunk=self.chunk_frames)
+        u = in_tiles(self.local, x, mask, before=self.project, past=self.past, future=self.future, width=self.widest,
+                     layers=self, chunk=self.chunk_frames)
         u, rest = u[..., :self.entering], u[..., self.entering:]
         given = self.recurrence(u)
         y, _ = self.run(given)
@@ -136,7 +145,8 @@ class MatrixState(Mixer):
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream. Raises EsslError for a state of another configuration."
-        check_state(self, state, x, matrix=self.state_shape, **({"past": (self.past, self.filtered)} if self.past else {}))
+        filtered = {"past": (self.past, self.filtered)} if self.past else {}
+        check_state(self, state, x, matrix=self.state_shape, **filtered)
         z, *aligned = made if isinstance(made := self.project(x), tuple) else (made,)
         z = torch.cat([state["past"], z], 1) if self.past else z
         u = self.local(F.pad(z, (0, 0, 0, self.future)), *aligned)

@@ -42,7 +42,8 @@ class MinGRUCell(nn.Module):
         c, delta = self.candidate(x), F.softplus(self.gate(x))  # (B,T,H)
         c = torch.where(c >= 0, c + 0.5, c.sigmoid())
         one = x.new_ones(*x.shape[:2], 1)
-        y, last = selective_scan(c * share_of_step(delta), delta, -x.new_ones(1, c.shape[-1]), one, one, None if state is None else state[0][:, None])
+        start, rate = None if state is None else state[0][:, None], -x.new_ones(1, c.shape[-1])
+        y, last = selective_scan(c * share_of_step(delta), delta, rate, one, one, start)
         return y.to(x.dtype), last[:, 0][None].to(x.dtype)
 
 # %% ../../nbs/mixers/27_mingru.ipynb #413e82e6

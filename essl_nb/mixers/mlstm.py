@@ -36,7 +36,8 @@ def stabiliser(
     return total + torch.maximum(first, (log_i - total).cummax(1).values)
 
 # %% ../../nbs/mixers/26_mlstm.ipynb #065b2441
-@mixers.register("mlstm", family="recurrent", complexity="T", paper="2405.04517", tiny=dict(num_heads=2), grid=dict(num_heads=[2, 4, 8]))
+@mixers.register("mlstm", family="recurrent", complexity="T", paper="2405.04517", tiny=dict(num_heads=2),
+                 grid=dict(num_heads=[2, 4, 8]))
 class MLSTM(MatrixState):
     "Linear, the matrix memory in one direction or both, norm, gate, Linear."
 
@@ -50,8 +51,8 @@ class MLSTM(MatrixState):
         V = head_width(dim, num_heads)
         K = max(1, V // 2)
         self.keys = K * num_heads
-        super().__init__(dim, heads=num_heads, state_shape=(K, V + 2), entering=2 * self.keys + dim + 2 * num_heads, widest=3 * dim,
-                         causal=causal, direction_dropout=direction_dropout)
+        super().__init__(dim, heads=num_heads, state_shape=(K, V + 2), entering=2 * self.keys + dim + 2 * num_heads,
+                         widest=3 * dim, causal=causal, direction_dropout=direction_dropout)
         self.in_proj = nn.Linear(dim, 2 * self.keys + 2 * dim, bias=False)  # q, k, v, output gate
         self.gates = nn.Linear(dim, 2 * num_heads, bias=False)  # input, forget
         self.gate_bias = nn.Parameter(torch.cat([torch.zeros(num_heads), torch.linspace(3, 6, num_heads)]))
@@ -68,7 +69,8 @@ class MLSTM(MatrixState):
         "Gates as logarithms."
         q, k, v, log_i, f = widened(u).split([self.keys, self.keys, self.dim, self.heads, self.heads], -1)
         q, k, v = map(self.split_heads, (q, k, v))  # (B,n,H,·)
-        return dict(q=q * q.shape[-1] ** -0.5, k=k, v=F.pad(v, (0, 1), value=1.0), log_i=log_i.double(), log_f=F.logsigmoid(f.double()))
+        q, v = q * q.shape[-1] ** -0.5, F.pad(v, (0, 1), value=1.0)  # a column of 1: the normaliser
+        return dict(q=q, k=k, v=v, log_i=log_i.double(), log_f=F.logsigmoid(f.double()))
 
     def run(self, given: dict, state: Tensor | None = None, reversed_frames: Tensor | None = None) -> tuple: # (B,n,D), the state after (B,H,K,V+2)
         "One direction, its gates divided by e^m."
@@ -79,7 +81,9 @@ class MLSTM(MatrixState):
         m = stabiliser(log_f, log_i, first)
         scaled = torch.stack([log_f + torch.cat([first, m[:, :-1]], 1) - m, log_i - m, -m], -1)  # (B,n,H,3)
         decay, entering, least = (scaled if rows is None else reverse_frames(scaled, rows)).to(v.dtype).split(1, -1)
-        y, matrix = matrix_state(q, k, v * entering.exp(), decay, state=None if state is None else state[..., :-1], reversed_frames=reversed_frames, own=rows is None)
+        matrix = None if state is None else state[..., :-1]
+        y, matrix = matrix_state(q, k, v * entering.exp(), decay, state=matrix, reversed_frames=reversed_frames,
+                                 own=rows is None)
         h = y[..., :-1] / torch.maximum(y[..., -1:].abs(), least.exp())  # e^-m is the 1, divided by e^m
         last = m[:, -1, :, None, None].to(matrix.dtype).expand(*matrix.shape[:3], 1)
         return h.flatten(2), torch.cat([matrix, last], -1)

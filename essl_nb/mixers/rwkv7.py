@@ -20,7 +20,8 @@ from ..ops.matrix_state import widened
 SHIFTED = ("r", "w", "k", "v", "a", "g")  # what the six shares of the neighbour are for
 
 # %% ../../nbs/mixers/24_rwkv7.ipynb #9cd09c29
-@mixers.register("rwkv7", family="recurrent", complexity="T", paper="2503.14456", tiny=dict(num_heads=2, rank=4), grid=dict(num_heads=[2, 4, 8]))
+@mixers.register("rwkv7", family="recurrent", complexity="T", paper="2503.14456", tiny=dict(num_heads=2, rank=4),
+                 grid=dict(num_heads=[2, 4, 8]))
 class RWKV7(MatrixState):
     "Token shift, linear layers, the recurrence in one direction or both, norm, bonus, gate, Linear."
 
@@ -34,16 +35,20 @@ class RWKV7(MatrixState):
     ):
         K, rank = head_width(dim, num_heads), max(16, dim // 8) if rank is None else rank
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise EsslError(f"rank={rank!r} was given; the layers that give decays, rates and gates need a rank of 1 or more.")
+            raise EsslError(
+                f"rank={rank!r} was given; the layers that give decays, rates and gates need a rank of 1 or more."
+            )
         super().__init__(dim, heads=num_heads, state_shape=(K, K), entering=6 * dim, widest=8 * dim,
-                         filtered=dim, past=1, future=0 if causal else 1, causal=causal, direction_dropout=direction_dropout)
+                         filtered=dim, past=1, future=0 if causal else 1, causal=causal,
+                         direction_dropout=direction_dropout)
         linear = lambda inner, outer: nn.Linear(inner, outer, bias=False)
         self.mu = nn.Parameter(0.25 + 0.5 * torch.rand(len(SHIFTED) * dim))
         self.r_proj, self.k_proj, self.v_proj, self.out_proj = (linear(dim, dim) for _ in range(4))
         self.w_in, self.a_in, self.g_in = (linear(dim, rank) for _ in range(3))
         self.w_out, self.a_out, self.g_out = (linear(rank, dim) for _ in range(3))
         self.w0, self.a0 = nn.Parameter(torch.linspace(-6, 1, dim)), nn.Parameter(torch.zeros(dim))
-        self.k_k, self.k_a, self.r_k = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.k_k, self.k_a = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.r_k = nn.Parameter(torch.zeros(dim))
         self.norm = nn.GroupNorm(num_heads, dim, eps=64e-5)
 
     def shifted(self, z: Tensor) -> tuple: # (B,1+n+future,D) → x (B,n,D) and its neighbours (B,n,D)
@@ -57,7 +62,8 @@ class RWKV7(MatrixState):
         "Token shift and everything that is computed frame by frame."
         x, other = self.shifted(z)
         towards = other - x
-        r, w, k, v, a, g = (torch.addcmul(x, towards, share.to(x.dtype)) for share in self.mu.view(len(SHIFTED), self.dim))
+        shares = self.mu.view(len(SHIFTED), self.dim).to(x.dtype)
+        r, w, k, v, a, g = (torch.addcmul(x, towards, share) for share in shares)
         r, k, v = self.r_proj(r), self.k_proj(k), self.v_proj(v)
         w = self.w0 + self.w_out(self.w_in(w).tanh())
         a = (self.a0 + self.a_out(self.a_in(a))).sigmoid()

@@ -43,7 +43,8 @@ class ShortConv(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         "(B,T,D), (B,T) → (B,T,D)"
-        return in_tiles(self.filter, x, mask, before=self.enter, past=self.past, future=self.future, width=3 * self.dim, layers=self, chunk=self.chunk_frames)
+        return in_tiles(self.filter, x, mask, before=self.enter, past=self.past, future=self.future,
+                        width=3 * self.dim, layers=self, chunk=self.chunk_frames)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> dict:
         "Zero padding before the first frame."

@@ -138,7 +138,8 @@ def matrix_state_chunks(
     starts = []
     for g, (kept, entering) in enumerate(zip(keep, written)):
         starts.append(state)
-        state = kept * state + entering if a is None else kept * state + entering - erased[g] @ (P[:, :, g] @ state + R[:, :, g])
+        removed = 0 if a is None else erased[g] @ (P[:, :, g] @ state + R[:, :, g])
+        state = kept * state + entering - removed
     starts = torch.stack(starts, 2)  # (B,H,G,K,V)
     y = (q * now) @ starts + decayed_products(q, k, c, c, True) @ v
     if a is not None:
@@ -288,7 +289,9 @@ def backward_loop(dy, q, k, v, w, a, b, reversed_frames, own, starts, dq, dk, dv
 
 # %% ../../nbs/ops/05_matrix_state.ipynb #d3817c30
 @torch.library.custom_op("essl_nb::matrix_state_forward", mutates_args=())
-def matrix_state_forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, state: Tensor, reversed_frames: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor]:
+def matrix_state_forward(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, state: Tensor, reversed_frames: Tensor, own: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     "y, the last state, and the states before each segment for the backward pass."
     y, starts = torch.empty_like(v), v.new_empty(v.shape[0], -(-v.shape[1] // SEGMENT) + 1, *state.shape[1:])
     starts[:, 0] = state
@@ -297,9 +300,13 @@ def matrix_state_forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, 
 
 
 @torch.library.custom_op("essl_nb::matrix_state_backward", mutates_args=())
-def matrix_state_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, starts: Tensor, reversed_frames: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def matrix_state_backward(
+    dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, starts: Tensor,
+    reversed_frames: Tensor, own: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "The gradients of all inputs."
-    found = torch.zeros_like(q), torch.zeros_like(k), torch.empty_like(v), torch.zeros_like(w), torch.empty_like(a), torch.empty_like(b), dlast.clone()
+    zeros, empty = torch.zeros_like, torch.empty_like
+    found = zeros(q), zeros(k), empty(v), zeros(w), empty(a), empty(b), dlast.clone()
     given = [x.detach().numpy() for x in (dy.contiguous(), q, k, v, w, a, b, reversed_frames)]
     backward_loop(*given, own, starts.detach().numpy(), *(x.numpy() for x in found))
     return found
@@ -308,7 +315,8 @@ def matrix_state_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Te
 @matrix_state_forward.register_fake
 def forward_shapes(q, k, v, w, a, b, state, reversed_frames, own):
     "Shapes only."
-    return torch.empty_like(v), torch.empty_like(state), v.new_empty(v.shape[0], -(-v.shape[1] // SEGMENT) + 1, *state.shape[1:])
+    starts = v.new_empty(v.shape[0], -(-v.shape[1] // SEGMENT) + 1, *state.shape[1:])
+    return torch.empty_like(v), torch.empty_like(state), starts
 
 
 @matrix_state_backward.register_fake
@@ -330,8 +338,11 @@ def state_gradients(ctx, dy, dlast, _):
 
 def refuse_second(ctx, *grads):
     "There is no second derivative. Raises EsslError."
-    raise EsslError("matrix_state has first derivatives only, and a second one was asked for (create_graph=True, or backward through a gradient). "
-                    "matrix_state_reference and matrix_state_chunks can be differentiated any number of times, and torch.func's transforms take the chunks by themselves.")
+    raise EsslError(
+        "matrix_state has first derivatives only, and a second one was asked for (create_graph=True, or backward "
+        "through a gradient). matrix_state_reference and matrix_state_chunks can be differentiated any number of "
+        "times, and torch.func's transforms take the chunks by themselves."
+    )
 
 
 matrix_state_forward.register_autograd(state_gradients, setup_context=keep_for_backward)
@@ -343,7 +354,8 @@ def flops_for(
     erasing: int, # the same where something is erased
 ): # → a formula for the two operators, whose inputs agree but for the first
     "Twice the multiply-accumulates of `matrix_state_forward` or `matrix_state_backward`."
-    return lambda *shapes, out_shape=None, **kw: 2 * (erasing if shapes[-4][3] else plain) * math.prod(shapes[-7]) * shapes[-8][3]
+    each = lambda a: erasing if a[3] else plain
+    return lambda *shapes, out_shape=None, **kw: 2 * each(shapes[-4]) * math.prod(shapes[-7]) * shapes[-8][3]
 
 
 FORMULAS[torch.ops.essl_nb.matrix_state_forward] = flops_for(3, 5)
@@ -367,7 +379,8 @@ def matrix_state_form(
     "Which form runs for a tensor, here and now."
     if exporting_onnx():
         return "written"
-    return "compiled" if x.device.type in ("cpu", "meta") and not under_transform() and jit_refusal() is None else "chunks"
+    able = x.device.type in ("cpu", "meta") and not under_transform() and jit_refusal() is None
+    return "compiled" if able else "chunks"
 
 
 def widened(x: Tensor | None) -> Tensor | None:
@@ -392,7 +405,9 @@ def matrix_state(
     state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if state is None else state
     form = matrix_state_form(v)
     if form == "compiled":
-        nothing, reversed_frames = v.new_empty(*v.shape[:3], 0), torch.zeros(v.shape[0], dtype=torch.int64, device=v.device) if reversed_frames is None else reversed_frames
+        nothing = v.new_empty(*v.shape[:3], 0)
+        if reversed_frames is None:
+            reversed_frames = torch.zeros(v.shape[0], dtype=torch.int64, device=v.device)
         given = (q, k, v, log_w.exp(), nothing if a is None else a, nothing if b is None else b, state, reversed_frames)
         return matrix_state_forward(*(x.contiguous() for x in given), own)[:2]
     rows = None if reversed_frames is None else reversal(reversed_frames, v.shape[1])
