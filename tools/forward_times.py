@@ -1,6 +1,6 @@
 """Forward passes of several encoders, timed in rounds of one process, so that each is also a ratio to the others.
 
-    python tools/forward_times.py results/hourglass/grid.json            # every encoder of the grid, beside attention, ConvNeXt and LiGRU of results/small
+    python tools/forward_times.py results/hourglass/grid.json            # every encoder of the grid, beside attention and its mixers as results/small has them
     python tools/forward_times.py GRID --seconds 1,10,40,160 --rounds 9  # what is asked by default
 
 One thread, batch 1, float32, from stored log-mel features to the last frame, in random weights; the clock is the processor time of the thread, and
@@ -19,18 +19,18 @@ from essl_nb.core.config import from_json, to_json
 from essl_nb.core.files import append_line, read_json
 from essl_nb.core.machine import library_versions, machine_record
 from essl_nb.costs.macs import encoder_macs
+from essl_nb.mixers.base import baseline_mixer
 from essl_nb.models.config import EncoderConfig
 from essl_nb.models.encoder import build_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ("attention", "convnext", "ligru")  # of results/small
 
 
-def configurations(grid: Path) -> dict: # name → EncoderConfig
-    "Those of a grid, and what they are compared with."
-    small = {e["name"]: e["config"] for e in read_json(ROOT / "results" / "small" / "grid.json")["encoders"]}
-    own = {e["name"]: e["config"] for e in read_json(grid)["encoders"]}
-    return {name: from_json(EncoderConfig, config) for name, config in ({n: small[n] for n in BESIDE} | own).items()}
+def configurations(grid: Path) -> tuple: # two dicts, name → EncoderConfig
+    "Those of a grid, and what they are compared with: attention, and the grid's mixers, each alone in an encoder of results/small."
+    of = lambda path: {e["name"]: from_json(EncoderConfig, e["config"]) for e in read_json(path)["encoders"]}
+    own, small = of(grid), of(ROOT / "results" / "small" / "grid.json")
+    return own, {name: small[name] for name in dict.fromkeys([baseline_mixer(), *sorted({c.mixer for c in own.values()})])}
 
 
 def time_of(encoder, raw) -> float: # s, of this thread
@@ -56,16 +56,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    configs = configurations(args.grid)
+    own, beside = configurations(args.grid)
+    configs = beside | own
     encoders = {name: build_encoder(c, seed=0).eval() for name, c in configs.items()}
     made = dict(when=datetime.now(timezone.utc).isoformat(timespec="seconds"), threads=1, rounds=args.rounds, precision="fp32", clock="thread time",
                 machine=machine_record(), versions=library_versions())
     for seconds in map(float, args.seconds.split(",")):
         raw = torch.randn(1, int(100 * seconds), 80, generator=torch.Generator().manual_seed(0))
         times = rounds_of(encoders, raw, args.rounds)
-        for name, own in times.items():
-            ratios = {f"over_{other}": statistics.median(a / b for a, b in zip(own, times[other])) for other in BESIDE}
-            value = dict(seconds=statistics.median(own), macs=encoder_macs(configs[name], seconds)["total"], **ratios)
+        for name, took in times.items():
+            ratios = {f"over_{other}": statistics.median(a / b for a, b in zip(took, times[other])) for other in beside}
+            value = dict(seconds=statistics.median(took), macs=encoder_macs(configs[name], seconds)["total"], **ratios)
             append_line(args.grid.parent / "forward.jsonl", dict(what=dict(encoder=name, config=to_json(configs[name]), audio_seconds=seconds), value=value, made=made))
             print(f"{seconds:5g} s  {name:44} {1e3 * value['seconds']:8.1f} ms" + "".join(f"  {r:.2f} of {o.removeprefix('over_')}" for o, r in ratios.items()), flush=True)
 

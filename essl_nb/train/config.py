@@ -9,6 +9,8 @@ __all__ = ['Batching', 'BATCHINGS', 'Precision', 'Reading', 'PretrainConfig']
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from fastcore.basics import patch
+
 from ..core.config import check_options, check_types, from_json, later
 from ..core.registry import EsslError
 from ..models.config import EncoderConfig
@@ -81,10 +83,6 @@ class PretrainConfig:
             raise EsslError(f"span_share={self.span_share} was given; it must lie between 0 and 1.")
         self.masked()
 
-    def forms(self) -> dict: # chunk, exit, rounding → what each step draws one of
-        "What one set of weights is trained for."
-        return {"chunk": self.chunks, "exit": self.exits, "rounding": self.roundings}
-
     def masked(self): # Masking
         "Which frames are hidden. Raises EsslError for a preset that is unknown and for numbers out of range."
         from essl_nb.objectives.masking import Masking, named_masking
@@ -94,3 +92,9 @@ class PretrainConfig:
             return Masking(self.span_seconds, share=self.span_share)
         preset = given.pop("preset", None)
         return named_masking(preset, **given) if preset else from_json(Masking, given, "masking")
+
+# %% ../../nbs/train/01_config.ipynb #edb3848f
+@patch
+def forms(self: PretrainConfig) -> dict: # chunk, exit, rounding → what each step draws one of
+    "What one set of weights is trained for."
+    return {"chunk": self.chunks, "exit": self.exits, "rounding": self.roundings}
