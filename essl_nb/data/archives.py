@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from ..core.config import content_hash
@@ -153,6 +153,7 @@ def shard_clips(
     workers: int | None = None, # threads; None: $ESSL_WORKERS, else 2
 ) -> Iterator[Clip]:
     "The clips of all shards, in the order of the shards and within them; damaged shards give what stands before the damage."
-    for k, found in enumerate(in_order(shard_content, paths, thread_count(workers))):
-        faults |= found["faults"]
-        yield from (Clip(*c)._replace(shard=k) for c in found["clips"])
+    with closing(in_order(shard_content, paths, thread_count(workers))) as shards:
+        for k, found in enumerate(shards):
+            faults |= found["faults"]
+            yield from (Clip(*c)._replace(shard=k) for c in found["clips"])

@@ -21,7 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -208,7 +208,7 @@ def in_order(
     things: list,
     workers: int, # threads
 ) -> Iterator: # of results, in the order of the things
-    "Work ahead by a few things only, so that an interrupt does not wait for the rest."
+    "Work ahead by a few things only, so that an interrupt does not wait for the rest. To be closed by its user: left to the garbage collector, its threads may be joined by a thread that is just starting, which then waits for itself."
     with ThreadPoolExecutor(workers) as pool:
         waiting, rest = deque(), iter(things)
         try:
@@ -276,8 +276,7 @@ def compute_features(
     gone, silent = [], []
     low, spread = np.log(spec.floor) + 0.1, RunningSpread(spec.n_mels)
     with atomic_write(path) as part:
-        with open(part, "wb") as out:
-            mels = in_order(lambda clip: mel_of_file(clip[1], spec), clips, workers)
+        with open(part, "wb") as out, closing(in_order(lambda clip: mel_of_file(clip[1], spec), clips, workers)) as mels:
             bar = tqdm(zip(clips, mels), total=len(clips), desc="log-mel", unit="clip", mininterval=0.5, disable=not progress)
             for (id, file, train), mel in bar:
                 if isinstance(mel, EsslError):

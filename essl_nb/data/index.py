@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -171,11 +171,11 @@ def measure(
         except EsslError as e:
             return e
 
-    found = in_order(length, unknown, thread_count(workers))
-    for i, value in tqdm(zip(unknown, found), total=len(unknown), desc="measuring durations", unit="clip", delay=2, mininterval=0.5):
-        seconds[i] = 0.0 if isinstance(value, EsslError) else value
-        if isinstance(value, EsslError) and len(faults) < 1000:
-            faults[ids[int(i)]] = str(value)
+    with closing(in_order(length, unknown, thread_count(workers))) as found:
+        for i, value in tqdm(zip(unknown, found), total=len(unknown), desc="measuring durations", unit="clip", delay=2, mininterval=0.5):
+            seconds[i] = 0.0 if isinstance(value, EsslError) else value
+            if isinstance(value, EsslError) and len(faults) < 1000:
+                faults[ids[int(i)]] = str(value)
     seconds.flush()
     return faults
 

@@ -6,6 +6,7 @@
 __all__ = ['LONGEST', 'sample_plan', 'write_sample', 'sampled_features']
 
 # %% ../../nbs/data/18_sampling.ipynb #6abd47e6
+from contextlib import closing
 from dataclasses import asdict
 
 import numpy as np
@@ -53,8 +54,7 @@ def write_sample(index: ClipIndex, path, plan: list, hours: float, spec: LogMelS
         except EsslError as e:
             return e
 
-    with atomic_write(path) as file, open(file, "wb") as out, single_thread():
-        found = in_order(frames_of, plan, thread_count(workers))
+    with atomic_write(path) as file, open(file, "wb") as out, single_thread(), closing(in_order(frames_of, plan, thread_count(workers))) as found:
         for part, mel in tqdm(zip(plan, found), total=len(plan), desc="sampling log-mel", unit="clip", mininterval=0.5, disable=not progress):
             id = index.ids[part[0]]
             if isinstance(mel, EsslError):
