@@ -88,4 +88,4 @@ class GatedDelta(MatrixState):
     def output(self, y: Tensor, gate: Tensor) -> Tensor: # (B,n,D), (B,n,D) → (B,n,D)
         "Norm of each head, gate, linear layer."
         y = self.norm(self.split_heads(y).to(self.norm.weight.dtype)).flatten(2)
-        return self.out_proj((y * F.silu(gate)).to(self.out_proj.weight.dtype))
+        return self.out_proj((y * F.silu(gate)).to(y.dtype))

@@ -59,7 +59,8 @@ class MinGRU(Recurrent):
         "In the type of the parameters, without autocast."
         plain = x.device.type == "meta" or torch.compiler.is_exporting()  # neither knows autocast
         with nullcontext() if plain else torch.autocast(x.device.type, enabled=False):
-            return cell(x.to(cell.gate.weight.dtype), state)
+            weight = cell.gate.weight  # of a quantised layer a function, and it takes float32
+            return cell(x.to(weight.dtype) if isinstance(weight, Tensor) else x.float(), state)
 
     def step(self, x: Tensor, state: dict) -> tuple: # (B,C,D) and the new state
         "The next frames of a stream. Raises EsslError for a state of another configuration."

@@ -91,4 +91,4 @@ class MLSTM(MatrixState):
     def output(self, y: Tensor, gate: Tensor) -> Tensor: # (B,n,D), (B,n,D) → (B,n,D)
         "Norm of each head, gate, linear layer."
         y = F.layer_norm(self.split_heads(y), (self.dim // self.heads,), eps=1e-6).flatten(2) * self.norm_weight
-        return self.out_proj((y * gate.sigmoid()).to(self.out_proj.weight.dtype))
+        return self.out_proj((y * gate.sigmoid()).to(self.norm_weight.dtype))

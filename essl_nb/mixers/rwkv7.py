@@ -82,4 +82,4 @@ class RWKV7(MatrixState):
         "Norm of each head, the bonus, gate, linear layer."
         bonus, g = rest.chunk(2, -1)
         y = self.norm(y.flatten(0, 1).to(self.norm.weight.dtype)).view_as(bonus)
-        return self.out_proj(((y + bonus) * g).to(self.out_proj.weight.dtype))
+        return self.out_proj(((y + bonus) * g).to(y.dtype))

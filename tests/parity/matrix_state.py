@@ -84,9 +84,13 @@ def rwkv_package():
     flags = {name: os.environ.get(name) for name in ("RWKV_V7_ON", "RWKV_JIT_ON", "RWKV_CUDA_ON")}
     backends = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+    script = torch.jit.script
+    torch.jit.script = lambda function: function  # it scripts in spite of the flag, and this torch cannot compile what it scripts
     try:
         from rwkv.model import RWKV_x070_TMix_seq
     finally:  # importing it changes the whole process
+        torch.jit.script = script
+        torch._C._jit_set_autocast_mode(True)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = backends
         for name, value in flags.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
