@@ -24,7 +24,7 @@ def make_study(folder: Path, seeds=3, utterances=20, names=None, dims=(32,), shi
             build_encoder(config, seed=0).save(folder / "encoders" / name)
         who = dict(encoder=name, mixer=name, family=family, objective="random", config=to_json(config))
         for seed in range(seeds):
-            for state, chance in (("pretrained", 0.2 + 0.024 * place), ("untrained", 0.1)):
+            for state, chance in (("pretrained", 0.05 + 0.0285 * place), ("untrained", 0.1)):
                 for probe, span in (("first question", 200), ("second question", None)):
                     units = [[int(generator.binomial(100, np.clip(chance + generator.normal() / 50, 0, 1))), 100] for _ in range(utterances)]
                     value = dict(probe="masked_phones" if span else "phones", metric="accuracy", value=ratio(units), low=0, high=1, n=utterances, count=100 * utterances,
