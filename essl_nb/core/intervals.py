@@ -66,7 +66,7 @@ def kept_group_draws(groups: tuple, samples: int, seed: int) -> np.ndarray: # (s
 
 KEPT = 10_000_000  # counts in draws that are kept, of two bytes each; larger ones are made anew each time
 
-
+# %% ../../nbs/core/17_intervals.ipynb #b408268f
 def drawn_times(
     units: np.ndarray, # (U,2)
     groups, # a label for each utterance, such as its voice; None: no groups
@@ -231,7 +231,7 @@ def pooled_seeds(
     each = np.array([seed_variance(s.by_seed, s.parts) for s in several]) * (free + 1)[:, None]
     return SeedPool(*map(float, free @ each / free.sum()), int(free.sum()))
 
-
+# %% ../../nbs/core/17_intervals.ipynb #15b22c8b
 def joint_draws(
     a: SeedScore,
     b: SeedScore | None = None, # a score over the same utterances, to be subtracted; None: nothing

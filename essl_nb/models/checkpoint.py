@@ -107,7 +107,7 @@ def write_checkpoint(
     write_json(folder / "config.json", to_json(config))
     return folder
 
-
+# %% ../../nbs/models/13_checkpoint.ipynb #94e3698c
 def read_checkpoint(
     folder, # what `write_checkpoint` wrote
 ) -> Checkpoint:
