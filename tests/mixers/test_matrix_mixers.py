@@ -52,6 +52,7 @@ def seeded():
     (ShortConv, dict(kernel=0), "kernel=0"),
     (ShortConv, dict(kernel=2), "an odd number unless causal"),
     (ShortConv, dict(kernel=True), "kernel=True"),
+    (ShortConv, dict(gates="none"), "it can be both, before, after"),
 ], ids=str)
 def test_what_cannot_be_built_is_refused_with_what_can(cls, arguments, message):
     with pytest.raises(EsslError) as refused:
@@ -172,3 +173,17 @@ def test_memory_reaches_as_far_as_decays_do():
     mixer = Mamba2(64, causal=True, head_dim=32)
     reach = mixer.influence(torch.randn(1, 400, 64), queries=[399], probes=2, generator=torch.Generator().manual_seed(0))[0, 0]
     assert reach[0] > 0 and reach[390:].mean() > reach[:200].mean() and math.isfinite(reach.sum())
+
+
+@pytest.mark.parametrize("gates", ["before", "after"])
+def test_a_filter_with_one_gate_streams_as_it_runs_and_hears_no_padding(gates):
+    m, x = ShortConv(24, gates=gates, causal=True), torch.randn(2, 11, 24)
+    mask = torch.arange(11) < torch.tensor([[11], [7]])
+    whole, state, heard = m(x), m.init_state(2), []
+    for part in x.split((1, 4, 6), 1):
+        y, state = m.step(part, state)
+        heard.append(y)
+    torch.testing.assert_close(torch.cat(heard, 1), whole, atol=1e-6, rtol=1e-5)
+    y = m(x.masked_fill(~mask[..., None], float("nan")), mask)
+    assert not y[1, 7:].any()
+    torch.testing.assert_close(y[1, :7], whole[1, :7], atol=1e-6, rtol=1e-5)

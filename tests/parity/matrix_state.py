@@ -348,3 +348,21 @@ def short_conv_equations():
         return (c * filtered(b * z, m.conv, m.causal)) @ m.out_proj.weight.T
 
     return written_out(rough(ShortConv(D), torch.float64), alone)
+
+
+@case(ShortConv, package="", what="2511.23404 with the gate before the filter alone; centred, with padding", tolerance=1e-12)
+def short_conv_gate_before():
+    def alone(m, x):
+        b, z = (x @ m.in_proj.weight.T).split(D, -1)
+        return filtered(b * z, m.conv, m.causal) @ m.out_proj.weight.T
+
+    return written_out(rough(ShortConv(D, gates="before"), torch.float64), alone)
+
+
+@case(ShortConv, package="", what="2511.23404 with the gate after the filter alone; centred, with padding", tolerance=1e-12)
+def short_conv_gate_after():
+    def alone(m, x):
+        c, z = (x @ m.in_proj.weight.T).split(D, -1)
+        return (c * filtered(z, m.conv, m.causal)) @ m.out_proj.weight.T
+
+    return written_out(rough(ShortConv(D, gates="after"), torch.float64), alone)
