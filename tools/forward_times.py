@@ -2,6 +2,7 @@
 
     python tools/forward_times.py results/hourglass/grid.json            # every encoder of the grid, beside attention and its mixers as results/small has them
     python tools/forward_times.py GRID --seconds 1,10,40,160 --rounds 9  # what is asked by default
+    python tools/forward_times.py GRID --beside luna convnext ligru      # beside these of results/small
 
 One thread, batch 1, float32, from stored log-mel features to the last frame, in random weights; the clock is the processor time of the thread, and
 the order is drawn anew in each round. One line for each encoder and duration is appended to forward.jsonl beside the grid.
@@ -26,11 +27,11 @@ from essl_nb.models.encoder import build_encoder
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def configurations(grid: Path) -> tuple: # two dicts, name → EncoderConfig
-    "Those of a grid, and what they are compared with: attention, and the grid's mixers, each alone in an encoder of results/small."
+def configurations(grid: Path, beside: list) -> tuple: # two dicts, name → EncoderConfig
+    "Those of a grid, and what they are compared with: attention, and others of results/small, by default the grid's mixers."
     of = lambda path: {e["name"]: from_json(EncoderConfig, e["config"]) for e in read_json(path)["encoders"]}
     own, small = of(grid), of(ROOT / "results" / "small" / "grid.json")
-    return own, {name: small[name] for name in dict.fromkeys([baseline_mixer(), *sorted({c.mixer for c in own.values()})])}
+    return own, {name: small[name] for name in dict.fromkeys([baseline_mixer(), *(beside or sorted({c.mixer for c in own.values()}))])}
 
 
 def time_of(encoder, raw) -> float: # s, of this thread
@@ -54,9 +55,10 @@ def main():
     parser.add_argument("grid", type=Path)
     parser.add_argument("--seconds", default="1,10,40,160", help="durations, with commas between")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--beside", nargs="*", default=[], help="encoders of results/small")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    own, beside = configurations(args.grid)
+    own, beside = configurations(args.grid, args.beside)
     configs = beside | own
     encoders = {name: build_encoder(c, seed=0).eval() for name, c in configs.items()}
     made = dict(when=datetime.now(timezone.utc).isoformat(timespec="seconds"), threads=1, rounds=args.rounds, precision="fp32", clock="thread time",

@@ -66,7 +66,7 @@ def test_the_shipped_encoders_are_small_and_say_how_they_are_stored(root):
     folders = sorted(p.parent for p in (root / "results").glob("*/encoders/*/config.json"))
     if not folders:
         pytest.skip("this tree carries no encoders")
-    assert sum(p.stat().st_size for f in folders for p in f.iterdir()) < 52 * 2**20
+    assert sum(p.stat().st_size for f in folders for p in f.iterdir()) < 2 * 2**20 * len(folders)
     for folder in folders:
         assert read_checkpoint(folder).stored_as == STORED[torch.int8]
         assert json.loads((folder / "origin.json").read_text())["stored_as"] == STORED[torch.int8]
