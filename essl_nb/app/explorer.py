@@ -67,10 +67,12 @@ def create_app(
     "Build the explorer and start nothing. Raises EsslError where a named study is not there."
     from essl_nb.app.clips import Sessions
     from essl_nb.app.compare import compare_tab
+    from essl_nb.app.cost import CostController, cost_tab
     from essl_nb.app.library import EncoderLibrary, Studies
     from essl_nb.app.listen import ListenController, listen_tab
     from essl_nb.app.page import PLOTLY_JS
     from essl_nb.app.uploads import Uploads, upload_folder
+    from essl_nb.app.work import Jobs
     from essl_nb.data.corpus import load_corpus
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -87,7 +89,7 @@ def create_app(
     os.environ["GRADIO_TEMP_DIR"] = str(upload_folder())  # read by the framework whenever it writes a file
     uploads, studies = Uploads(upload_folder()), Studies(folder)
     library = EncoderLibrary(folder, Lazy(lambda: some_statistics(read())))
-    controller = ListenController(read, library, Sessions(remove_file=uploads.drop), uploads)
+    controller, jobs = ListenController(read, library, Sessions(remove_file=uploads.drop), uploads), Jobs()
     gr.set_static_paths([PLOTLY_JS])
     with gr.Blocks(title="essl_nb explorer", analytics_enabled=False, fill_width=True, delete_cache=KEPT) as app:
         gr.HTML(TOP, elem_id="essl-head")
@@ -98,7 +100,10 @@ def create_app(
             with gr.Tab("Compare", id="compare"):
                 gr.HTML("<h2>What does accuracy cost?</h2>", elem_classes="essl-question")
                 compare = compare_tab(studies)
-        connect(app, tabs, controller, studies, listen, compare)
+            with gr.Tab("Cost", id="cost") as tab:
+                gr.HTML("<h2>What will it cost here?</h2>", elem_classes="essl-question")
+                cost_tab(CostController(studies, jobs), tab)
+        connect(app, tabs, controller, studies, listen, compare, jobs)
     app.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
     app._queue.sleep_when_free = IDLE  # gradio looks every millisecond, which is an eighth of a core while nobody asks for anything
     app.launch = Launch(app, uploads, [listen["first_view"], compare["first_view"]])
@@ -170,7 +175,7 @@ class Launch:
             self.app.config = self.app.get_config_file()
 
 # %% ../../nbs/app/11_explorer.ipynb #051cd350
-def connect(app, tabs, controller, studies, listen: dict, compare: dict):
+def connect(app, tabs, controller, studies, listen: dict, compare: dict, jobs):
     "Connect the tabs with each other, and the start and the end of a session."
     import gradio as gr
 
@@ -193,6 +198,7 @@ def connect(app, tabs, controller, studies, listen: dict, compare: dict):
 
     def leave(request: gr.Request):
         controller.sessions.end(request.session_hash)
+        jobs.stop(request.session_hash)
 
     listen["open"](app)
     compare["open"](app)
