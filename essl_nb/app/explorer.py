@@ -69,6 +69,7 @@ def create_app(
     from essl_nb.app.compare import compare_tab
     from essl_nb.app.cost import CostController, cost_tab
     from essl_nb.app.library import EncoderLibrary, Studies
+    from essl_nb.app.light_gru import LoopController, loop_tab
     from essl_nb.app.listen import ListenController, listen_tab
     from essl_nb.app.page import PLOTLY_JS
     from essl_nb.app.uploads import Uploads, upload_folder
@@ -103,6 +104,9 @@ def create_app(
             with gr.Tab("Cost", id="cost") as tab:
                 gr.HTML("<h2>What will it cost here?</h2>", elem_classes="essl-question")
                 cost_tab(CostController(studies, jobs), tab)
+            with gr.Tab("LiGRU", id="light-gru") as tab:
+                gr.HTML("<h2>How fast is the Light GRU?</h2>", elem_classes="essl-question")
+                loop_tab(LoopController(studies, controller, jobs), tab)
         connect(app, tabs, controller, studies, listen, compare, jobs)
     app.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
     app._queue.sleep_when_free = IDLE  # gradio looks every millisecond, which is an eighth of a core while nobody asks for anything

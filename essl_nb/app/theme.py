@@ -136,6 +136,8 @@ WORK = """
 .essl-warning {border-left: 4px solid #E69F00; padding: 4px 8px; margin-top: 8px;}
 .essl-row {align-items: flex-start;}
 .essl-row > * {flex: 0 1 auto !important; min-width: 0 !important; width: auto !important;}
+.essl-cell {display: block; width: 100%; max-width: 900px; height: 104px; margin: 4px 0;}
+.essl-now {position: absolute; width: 0; border-left: 1.5px dashed #888; pointer-events: none;}
 .essl-print {position: fixed; width: 0; height: 0; border: 0;}
 """
 

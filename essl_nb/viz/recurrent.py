@@ -48,7 +48,7 @@ def bench_figure(
             continue
         us = 1e6 * line.time_s / line.frames
         label = WORDS.get(name, name)
-        figure.add_scatter(x=line.frames, y=us, mode="lines+markers", line=dict(color=colour, dash=dash, width=4 if name == "LiGRU" else 2), marker=dict(symbol=mark, size=8), name=label,
+        figure.add_scatter(x=line.frames, y=us, mode="lines+markers", meta=dict(role="series"), line=dict(color=colour, dash=dash, width=4 if name == "LiGRU" else 2), marker=dict(symbol=mark, size=8), name=label,
             customdata=line[["ligru_over_it", "repeats"]], hovertemplate=label + ": %{y:.0f} µs a frame at %{x} frames; LiGRU takes %{customdata[0]:.2f} of it (%{customdata[1]} rounds)<extra></extra>")
         ends.append((name, us.iloc[-1]))
         told.append((name, line.ligru_over_it.median()))
@@ -78,7 +78,7 @@ def gpu_figure(
     for at, name in enumerate(rivals, 1):
         for (frames, batch), line in rows[rows.name.eq(name)].sort_values("hidden").groupby(["frames", "batch"]):
             label = f"{batch:.0f} utterances of {frames:.0f} frames"
-            figure.add_scatter(x=line.hidden, y=line.first_over_it, name=label, legendgroup=label, showlegend=at == 1, row=1, col=at, mode="lines+markers",
+            figure.add_scatter(x=line.hidden, y=line.first_over_it, name=label, legendgroup=label, showlegend=at == 1, row=1, col=at, mode="lines+markers", meta=dict(role="series"),
                 line=dict(color=LOOK["LiGRU"][0], dash=dashes[frames]), marker=dict(symbol=marks[batch], size=9), customdata=1e3 * line.time_s,
                 hovertemplate=f"%{{y:.2f}} of {name}'s %{{customdata:.1f}} ms, {label}, %{{x}} units<extra></extra>")
     told = ", ".join(f"{rows[rows.name.eq(n)].first_over_it.min():.2f} to {rows[rows.name.eq(n)].first_over_it.max():.2f} of {n}'s" for n in rivals)
