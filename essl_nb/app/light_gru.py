@@ -81,7 +81,7 @@ def cpu_message(files: LoopFiles, machine: str, which: str) -> str: # the view's
     more = ""
     try:
         figures.append(step_figure(load_steps(files.steps, machine)))
-        more = "On the right: one stream, calls of one frame, by the thread's own clock; ONNX Runtime runs its own operators. "
+        more = "The other figure: one stream, calls of one frame, by the thread's own clock; ONNX Runtime runs its own operators. "
         imports, folder = folder_code(files.steps)
         lines += f"\n\nfrom essl_nb.costs.step_bench import load_steps\nfrom essl_nb.viz.light_gru import step_figure\nstep_figure(load_steps({folder}, {machine!r}))"
     except EsslError:

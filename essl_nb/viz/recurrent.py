@@ -57,7 +57,7 @@ def bench_figure(
     where = f"{layers} layer{'s' * (layers > 1)} of {hidden} units, {'both directions' if directions > 1 else 'one direction'}, {threads} thread{'s' * (threads > 1)}"
     figure = plain(figure, height=460, title=f"{f'LiGRU takes {title} time' if title else 'Time for each frame'}<br><sup>{where}</sup>", margin=dict(l=72, r=20, t=128, b=52))
     figure.update_layout(showlegend=True, title=dict(yref="container", y=1, yanchor="top", pad=dict(l=12, t=18)), legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom", font=dict(size=12)))
-    figure.update_xaxes(type="log", title_text="frames T", tickvals=sorted(rows.frames.unique())).update_yaxes(type="log", title_text=f"µs a frame of {batch} utterances, {which}", tickvals=[m * 10**k for k in range(1, 6) for m in (1, 2, 5)])
+    figure.update_xaxes(type="log", title_text="frames T", tickvals=sorted(rows.frames.unique())).update_yaxes(type="log", title_text=f"µs a frame  ({batch} utterances, {which})", tickvals=[m * 10**k for k in range(1, 6) for m in (1, 2, 5)])
     return figure
 
 # %% ../../nbs/viz/10_recurrent.ipynb #a6e3c692
