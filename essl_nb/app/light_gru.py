@@ -29,7 +29,6 @@ from ..core.registry import EsslError
 from ..costs.gpu_cases import load_gpu
 from ..costs.loops import contestants_here, loop_shapes, loop_table, measure_loops
 from ..costs.recurrent import bench_machines, load_bench
-from ..costs.step_bench import load_steps
 from ..ligru.layer import LightGRU
 from ..mixers.base import mixers
 from ..viz.light_gru import by_memory, gates_figure, light_gates, memory_finding, step_figure
@@ -74,6 +73,8 @@ BENCH_CAPTION = ("One layer, one direction, 512 units, 8 utterances, one thread,
 
 def cpu_message(files: LoopFiles, machine: str, which: str) -> str: # the view's value
     "Stored timings of one processor. Raises EsslError where there are none."
+    from essl_nb.costs.step_bench import load_steps  # which needs a compiler
+
     rows = load_bench(files.bench, machine)
     figures = [bench_figure(rows, which=which)]
     imports, folder = folder_code(files.bench)

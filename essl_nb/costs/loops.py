@@ -5,6 +5,11 @@
 # %% auto #0
 __all__ = ['UNITS', 'BATCHES', 'FRAMES', 'MOST_SECONDS', 'contestants_here', 'loop_shapes', 'measure_loops', 'loop_table']
 
+# %% ../../nbs/costs/13_loops.ipynb #5c605d4c
+from ..core.extras import need
+
+need("pandas", extra="study", to="tabulate timings")
+
 # %% ../../nbs/costs/13_loops.ipynb #c46fadee
 from importlib.util import find_spec
 

@@ -8,6 +8,11 @@ __all__ = ['BITS', 'WIDTHS', 'DEPTHS', 'SECONDS', 'IDLE', 'BUDGET', 'LEAST', 'MO
            'trial_row', 'measure_trials', 'measured_rows', 'trial_curves', 'measure_cards']
 
 # %% ../../nbs/costs/09_trial.ipynb #f79ed172
+from ..core.extras import need
+
+need("pandas", extra="study", to="tabulate timings")
+
+# %% ../../nbs/costs/09_trial.ipynb #027f2b6a
 import math
 import os
 import time
@@ -17,7 +22,6 @@ from functools import cached_property
 import pandas as pd
 
 from ..core.config import to_json
-from ..core.extras import need
 from ..core.machine import check_seconds, library_versions, machine_record
 from ..core.registry import EsslError
 from .cards import baseline_of, deployment_call, deployment_cost, digits, training_cost, triple, within_reach
