@@ -88,7 +88,7 @@ E.recolour = (data, layout, ink) => {
   for (const t of data) {
     const m = t.meta || {};
     if (m.role === 'point') t.marker.line.color = ink;
-    if (E.dark() && ['point', 'untrained', 'curve'].includes(m.role)) for (const part of [t.marker, t.line, t.error_y]) if (part && /^#/.test(part.color || '')) part.color = E.lighter(part.color, .25);
+    if (E.dark() && ['point', 'untrained', 'curve', 'series'].includes(m.role)) for (const part of [t.marker, t.line, t.error_y]) if (part && /^#/.test(part.color || '')) part.color = E.lighter(part.color, m.role === 'series' ? .4 : .25);
   }
   if (E.dark()) for (const a of layout.annotations || []) a.font = {...a.font, color: '#b5b5b5'};
 };
@@ -102,7 +102,8 @@ E.draw = (div, figure) => {
   const data = structuredClone(figure.data).filter(t => !(t.meta && ['key', 'leader'].includes(t.meta.role))), layout = structuredClone(figure.layout), ink = E.dark() ? '#e6e6e6' : '#222', width = div.clientWidth || 600, narrow = width < 560;
   layout.paper_bgcolor = 'rgba(0,0,0,0)';
   layout.font = {...layout.font, color: ink, size: narrow ? 11 : 13};
-  delete layout.title; layout.showlegend = false;
+  delete layout.title; layout.showlegend = data.some(t => t.meta && t.meta.role === 'series');
+  if (layout.showlegend) { Object.assign(layout.legend, {x: 0, y: -.2, yanchor: 'top', orientation: 'h', font: {size: 12}}); layout.height += 19 * Math.ceil(data.length / Math.max(1, Math.floor((width - 80) / (60 + 6.5 * Math.max(...data.map(t => (t.name || '').length)))))); }
   for (const t of data) if (div.without && div.without.has(t.legendgroup)) t.visible = false;
   if (layout.annotations) layout.annotations = layout.annotations.filter(a => a.name !== 'label' && a.name !== 'end');
   layout.height -= layout.margin.t - 8;
