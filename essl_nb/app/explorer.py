@@ -67,9 +67,11 @@ def create_app(
     "Build the explorer and start nothing. Raises EsslError where a named study is not there."
     from essl_nb.app.clips import Sessions
     from essl_nb.app.compare import compare_tab
-    from essl_nb.app.library import EncoderLibrary, Studies
+    from essl_nb.app.library import EncoderLibrary, Studies, StudyFile
     from essl_nb.app.listen import ListenController, listen_tab
+    from essl_nb.app.live_sound import LiveSound
     from essl_nb.app.page import PLOTLY_JS
+    from essl_nb.app.stream_tab import StreamController, stream_tab
     from essl_nb.app.uploads import Uploads, upload_folder
     from essl_nb.data.corpus import load_corpus
 
@@ -88,6 +90,7 @@ def create_app(
     uploads, studies = Uploads(upload_folder()), Studies(folder)
     library = EncoderLibrary(folder, Lazy(lambda: some_statistics(read())))
     controller = ListenController(read, library, Sessions(remove_file=uploads.drop), uploads)
+    live = LiveSound(read, library, Sessions(remove_file=uploads.drop), uploads)
     gr.set_static_paths([PLOTLY_JS])
     with gr.Blocks(title="essl_nb explorer", analytics_enabled=False, fill_width=True, delete_cache=KEPT) as app:
         gr.HTML(TOP, elem_id="essl-head")
@@ -98,7 +101,10 @@ def create_app(
             with gr.Tab("Compare", id="compare"):
                 gr.HTML("<h2>What does accuracy cost?</h2>", elem_classes="essl-question")
                 compare = compare_tab(studies)
-        connect(app, tabs, controller, studies, listen, compare)
+            with gr.Tab("Stream", id="stream") as page:
+                gr.HTML("<h2>What does it hear so far?</h2>", elem_classes="essl-question")
+                stream_tab(StreamController(live, StudyFile(studies.sibling("streaming")), controller), page)
+        connect(app, tabs, controller, studies, listen, compare, [live.leave])
     app.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
     app._queue.sleep_when_free = IDLE  # gradio looks every millisecond, which is an eighth of a core while nobody asks for anything
     app.launch = Launch(app, uploads, [listen["first_view"], compare["first_view"]])
@@ -170,7 +176,7 @@ class Launch:
             self.app.config = self.app.get_config_file()
 
 # %% ../../nbs/app/11_explorer.ipynb #051cd350
-def connect(app, tabs, controller, studies, listen: dict, compare: dict):
+def connect(app, tabs, controller, studies, listen: dict, compare: dict, leaving: list): # leaving: called with a session that ends
     "Connect the tabs with each other, and the start and the end of a session."
     import gradio as gr
 
@@ -192,7 +198,8 @@ def connect(app, tabs, controller, studies, listen: dict, compare: dict):
         return gr.Tabs(selected="listen"), key, *listen["on_encoder"](key, layer, kind), ""
 
     def leave(request: gr.Request):
-        controller.sessions.end(request.session_hash)
+        for end in (controller.sessions.end, *leaving):
+            end(request.session_hash)
 
     listen["open"](app)
     compare["open"](app)

@@ -91,6 +91,9 @@ FIGURES = """
 .essl-readout {font-size: 13px; min-height: 1.4em; margin: 0 0 8px; font-variant-numeric: tabular-nums;}
 .essl-busy {font-size: 13px; min-height: 20px; margin: 0 0 8px;}
 #compare-view .essl-busy:empty, #curves-view .essl-busy:empty {display: none;}
+.essl-play-row {gap: 8px !important; flex-wrap: wrap;} .essl-play-row > button {flex: 0 0 auto !important;}
+#stream-mic {min-height: 0 !important; border: 1px solid #8a8a8a !important; border-radius: 4px; padding: 4px 8px !important; max-width: 560px; align-self: flex-start; margin: 0 !important;} #stream-mic .top-panel, #stream-mic [data-testid=block-label] svg {display: none;} #stream-mic [data-testid=block-label] {position: static !important; border: 0 !important; background: none !important; padding: 0 !important; color: inherit;} #live-view .essl-transcript {min-height: 1.35em; font-variant-ligatures: none;}
+.essl-ahead thead th, .essl-ahead thead td {text-align: right !important; font-size: 13px;} .essl-ahead small {opacity: .8;}
 .essl-key {display: flex; flex-wrap: wrap; gap: 4px 16px; list-style: none !important; margin: 0 0 4px !important; padding: 0 !important; font-size: 13px;}
 .essl-key li {display: inline-flex; align-items: center; gap: 6px; margin: 0 !important; padding: 0 !important;}
 .essl-key:has(button) {gap: 8px;}
