@@ -204,7 +204,7 @@ def compare_updates(studies: Studies, curves: CurvesFile, v: dict, fresh: bool) 
     budget = {b: v["budget_" + b] for b in BUDGETS}
     lists, wrong = {}, error_html(" ".join(limits_of(budget)[1]))
     try:
-        known = studies.choices() if fresh else []
+        known = studies.choices(v["study"]) if fresh else []
         lists = dict(study=gr.Dropdown(choices=known, value=v["study"] if v["study"] in [k for _, k in known] else next((k for _, k in known), None))) if fresh else {}
         return lists | dict(error=wrong) | study_updates(studies.get(v["study"]), curves, v, budget, fresh)
     except EsslError as e:
@@ -273,6 +273,7 @@ def compare_tab(studies: Studies) -> dict: # name -> component, "open" among the
     redraw.append(c["view"].again(begin, asked, answers, **quiet).then)
     after, draw = wire_curves(redraw, studies, curves, c, second)
     c["open"] = lambda app: after(app.load(begin, asked, answers, **quiet).then)
+    c["reopen"] = lambda event: after(event.then(begin, asked, answers, **quiet).then)  # after another tab has chosen the study
 
     def first_view() -> dict: # component -> update
         first = {c[n]: update for n, update in compare_updates(studies, curves, {n: c[n].value for n in names}, True).items()}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UPLOAD', 'QUEUE', 'IDLE', 'KEPT', 'LAUNCH', 'TOP', 'PORTS', 'shipped_study', 'Lazy', 'some_statistics', 'create_app',
-           'attributes_of', 'Launch', 'connect', 'essl_explore', 'wait_for_end', 'free_port', 'open_browser']
+           'attributes_of', 'Launch', 'connect', 'connect_study', 'essl_explore', 'wait_for_end', 'free_port',
+           'open_browser']
 
 # %% ../../nbs/app/11_explorer.ipynb #879d5a19
 import os
@@ -72,7 +73,9 @@ def create_app(
     from essl_nb.app.live_sound import LiveSound
     from essl_nb.app.page import PLOTLY_JS
     from essl_nb.app.stream_tab import StreamController, stream_tab
+    from essl_nb.app.study_tab import StudyController, study_tab
     from essl_nb.app.uploads import Uploads, upload_folder
+    from essl_nb.app.work import Jobs
     from essl_nb.data.corpus import load_corpus
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -91,6 +94,7 @@ def create_app(
     library = EncoderLibrary(folder, Lazy(lambda: some_statistics(read())))
     controller = ListenController(read, library, Sessions(remove_file=uploads.drop), uploads)
     live = LiveSound(read, library, Sessions(remove_file=uploads.drop), uploads)
+    jobs = Jobs()
     gr.set_static_paths([PLOTLY_JS])
     with gr.Blocks(title="essl_nb explorer", analytics_enabled=False, fill_width=True, delete_cache=KEPT) as app:
         gr.HTML(TOP, elem_id="essl-head")
@@ -104,7 +108,12 @@ def create_app(
             with gr.Tab("Stream", id="stream") as page:
                 gr.HTML("<h2>What does it hear so far?</h2>", elem_classes="essl-question")
                 stream_tab(StreamController(live, StudyFile(studies.sibling("streaming")), controller), page)
-        connect(app, tabs, controller, studies, listen, compare, [live.leave])
+            with gr.Tab("Study", id="study") as page:
+                gr.HTML("<h2>Is this run healthy?</h2>", elem_classes="essl-question")
+                runs = StudyController(studies, controller, jobs)
+                study = study_tab(runs, page)
+        connect(app, tabs, controller, studies, listen, compare, [live.leave, runs.leave])
+        connect_study(tabs, runs, study, compare)
     app.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
     app._queue.sleep_when_free = IDLE  # gradio looks every millisecond, which is an eighth of a core while nobody asks for anything
     app.launch = Launch(app, uploads, [listen["first_view"], compare["first_view"]])
@@ -206,6 +215,23 @@ def connect(app, tabs, controller, studies, listen: dict, compare: dict, leaving
     opened = compare["listen"].click(open_in_listen, [compare["study"], compare["chosen"], listen["layer"], listen["kind"]], [tabs, listen["first"], listen["layer"], listen["kind"], compare["no_listen"]], **quiet)
     listen["after"](opened)
     app.unload(leave)
+
+# %% ../../nbs/app/11_explorer.ipynb #96244ac9
+def connect_study(tabs, runs, study: dict, compare: dict): # runs: a StudyController
+    "Open a visit's own study in *Compare*, for this visit alone."
+    import gradio as gr
+
+    from essl_nb.app.listen import error_html
+
+    def open_in_compare(request: gr.Request):
+        try:
+            key = runs.open_key(request.session_hash)
+        except EsslError as e:
+            return gr.skip(), gr.skip(), error_html(str(e))
+        return gr.Tabs(selected="compare"), gr.Dropdown(choices=runs.studies.choices(key), value=key), ""
+
+    quiet = dict(api_visibility="private", show_progress="hidden")
+    compare["reopen"](study["compare"].click(open_in_compare, None, [tabs, compare["study"], study["progress"]], **quiet))
 
 # %% ../../nbs/app/11_explorer.ipynb #a060b772
 def essl_explore(

@@ -127,7 +127,7 @@ E.endLabels = div => {
 
 # %% ../../nbs/app/01_figures.ipynb #6d200cb3
 VIEWS = r"""
-E.figureView = (name, element, props, watch, file, toggles, again) => {
+E.figureView = (name, element, props, watch, file, toggles, again, later) => {
   const find = s => element.querySelector(s), panel = find('.essl-panel'), finding = find('.essl-finding'), caption = find('.essl-caption');
   const view = E.views[name] = {root: find('.essl-view'), busy: find('.essl-busy'), div: E.make('div', 'essl-plot'), key: E.make('ul', 'essl-key'), without: new Set(), again};
   view.div.setAttribute('role', 'img'); view.div.without = view.without;
@@ -151,7 +151,7 @@ E.figureView = (name, element, props, watch, file, toggles, again) => {
     view.root.dataset.shown = d.stamp;
   };
   watch('value', show); show();
-  if (!props.value) E.watch(view);
+  if (!props.value && !later) E.watch(view);
   return view;
 };
 E.compare = (element, props, trigger, watch) => {
@@ -162,6 +162,10 @@ E.compare = (element, props, trigger, watch) => {
   };
 };
 E.curves = (element, props, trigger, watch) => { E.figureView('curves', element, props, watch, 'cost-against-duration.csv', true, () => E.views.compare.again()); };
+E.health = (element, props, trigger, watch) => {
+  const view = E.figureView('health', element, props, watch, 'runs.csv', false, () => trigger('again'), true);
+  view.first = () => view.div.on('plotly_click', e => { const p = e.points.find(p => p.data.meta && p.data.meta.run); if (p) trigger('pick', {label: p.data.meta.run}); });
+};
 """
 FIGURES = KEY + LABELS + ENDS + VIEWS
 FIGURE_HTML = """<section class="essl-view" aria-label="{name}"><p class="essl-busy" role="status">{busy}</p>

@@ -243,12 +243,13 @@ class Studies:
     def __init__(self, folder): # of the opened study, or None
         self.opened = StudyFile(folder)
         self.files = {} if folder is None else {self.opened.folder.absolute().name: self.opened}
-        self.lock = Lock()
+        self.private, self.lock = {}, Lock()  # key that no list shows → StudyFile, of a visit that ran one
 
-    def choices(self) -> list: # (label, key), the opened one first
+    def choices(self, own: str | None = None) -> list: # (label, key), the opened one first; own: the key of a visit's own study
         "The studies to choose from."
+        mine = [("your study", own)] if own in self.private else []
         if self.opened.folder is None:
-            return []
+            return mine
         opened = self.opened.folder.absolute()
         try:
             siblings = [p for p in opened.parent.iterdir() if p != opened and state_of(stamp_of(p)) != NOTHING]
@@ -258,7 +259,7 @@ class Studies:
         with self.lock:
             for p in siblings:
                 self.files.setdefault(p.name, StudyFile(p))
-        return [(study_label(p), p.name) for p in (opened, *siblings)]
+        return [(study_label(p), p.name) for p in (opened, *siblings)] + mine
 
     def sibling(self, name: str) -> Path | None:
         "A folder next to the opened one, which may not exist; None where no study is open."
@@ -266,4 +267,4 @@ class Studies:
 
     def get(self, key: str | None) -> StudyFile: # the opened one where there is no such key
         "A study by its key."
-        return self.files.get(key, self.opened)
+        return self.private.get(key) or self.files.get(key, self.opened)
