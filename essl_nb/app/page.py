@@ -105,8 +105,9 @@ E.draw = (div, figure) => {
   delete layout.title; layout.showlegend = false;
   for (const t of data) if (div.without && div.without.has(t.legendgroup)) t.visible = false;
   if (layout.annotations) layout.annotations = layout.annotations.filter(a => a.name !== 'label' && a.name !== 'end');
-  layout.height -= layout.margin.t - 8;
-  layout.margin.t = 8; layout.width = width;
+  const top = (layout.meta || {}).top || 8; // room that a figure needs above its axes
+  layout.height -= layout.margin.t - top;
+  layout.margin.t = top; layout.width = width;
   E.recolour(data, layout, ink);
   if (narrow) E.narrow(layout, data);
   if (div.dataset.still) layout.hovermode = false;

@@ -49,6 +49,8 @@ def form_grid(corpus: str, names: list, steps, width, seeds, probe: str) -> dict
         numbers[field_name] = int(value)
     if numbers["width"] % 16:
         raise EsslError(f"Width: {numbers['width']} was given; give a multiple of 16, so that every mixer has whole heads.")
+    if probe not in probes.names():
+        raise EsslError("Probe: choose one of the list.")
     point = dict(name=probe.replace("_", " "), probe=probe, untrained=False, baselines=False)
     return dict(name="small", corpus=corpus, encoders=[dict(name=n, config=dict(mixer=n, dim=numbers["width"], depth=DEPTH)) for n in names], objectives=[dict(name="clusters")],
                 pretrain=dict(steps=numbers["steps"]), seeds=list(range(numbers["seeds"])), probes=[point], baselines=[])

@@ -53,7 +53,7 @@ def runs_caption(runs: list, chosen: str | None) -> str:
     said = (f"Green: the losses of {band.runs} healthy runs with the same data and settings, their 5th to 95th percentile. " if band is not None else "No band: no reference runs were made with this data and these settings. ")
     lacking = [name for name in MULTIPLES if name not in kept_panels(runs)]
     left = f" Not kept in these curves: {', '.join(lacking)}; alarms that need them cannot be raised." if lacking else ""
-    return (f"{len(runs)} run{'s' * (len(runs) > 1)} of the objective {plain_words(mine.objective)}; in colour {mine.name}, the others grey. Loss, accuracy, codes and rank on fixed batches of the valid split where the log has them, else of single training batches. {said}"
+    return (f"{len(runs)} run{'s' * (len(runs) > 1)} of the objective {plain_words(mine.objective)}; in colour {mine.name}, the others grey. Lines: fixed batches of the valid split where the log has several such reports, else single training batches; points: the single batches of the run in colour. {said}"
             f"Dashed: chance, and the rank below which frames have collapsed. Dotted: where the first alarm begins.{left} It does not show what the encoder is good for; probes do (Compare).")
 
 
@@ -62,8 +62,9 @@ def runs_csv(runs: list) -> str: # CSV, a line for each number
     rows = []
     for r in runs:
         for panel in kept_panels(runs):
-            steps, values = r.log.series(*MULTIPLES[panel])
-            rows += [dict(run=r.name, objective=r.objective, panel=panel, step=int(s), hours_of_audio=r.hours.get(int(s)), value=float(v)) for s, v in zip(steps, values)]
+            for column in MULTIPLES[panel]:
+                steps, values = r.log.series(column)
+                rows += [dict(run=r.name, objective=r.objective, panel=panel, number=column, step=int(s), hours_of_audio=r.hours.get(int(s)), value=float(v)) for s, v in zip(steps, values)]
     return pd.DataFrame(rows).to_csv(index=False)
 
 
@@ -287,7 +288,7 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
         if shown:
             return [gr.skip()] * 6
         known, offered = controller.sources(request.session_hash), offered_probes(controller.listen.corpus)
-        first, probe = known[0][1] if known else None, "masked_phones" if "masked_phones" in offered else offered[0]
+        first, probe = max(known, key=lambda k: int(k[0].rsplit("(", 1)[-1].split()[0]) if "(" in k[0] else 0)[1] if known else None, "masked_phones" if "masked_phones" in offered else offered[0]
         return gr.Dropdown(choices=known, value=first), *draw(first, None, request.session_hash), gr.Dropdown(choices=[(plain_words(p), p) for p in offered], value=probe), said(controller.estimate, names, steps, width, seeds, probe)
 
     def on_run(names, steps, width, seeds, probe, request: gr.Request):

@@ -94,7 +94,7 @@ FIGURES = """
 .essl-play-row {gap: 8px !important; flex-wrap: wrap;} .essl-play-row > button {flex: 0 0 auto !important;}
 #stream-mic {min-height: 0 !important; border: 1px solid #8a8a8a !important; border-radius: 4px; padding: 4px 8px !important; max-width: 560px; align-self: flex-start; margin: 0 !important;} #stream-mic .top-panel, #stream-mic [data-testid=block-label] svg {display: none;} #stream-mic [data-testid=block-label] {position: static !important; border: 0 !important; background: none !important; padding: 0 !important; color: inherit;} #live-view .essl-transcript {min-height: 1.35em; font-variant-ligatures: none;}
 #health-view .essl-busy:empty {display: none;} .essl-alarms ul {padding-left: 20px; margin: 4px 0 8px;} .essl-alarms li, .essl-alarms p {font-size: 13px; line-height: 1.45;}
-.essl-form > .form {display: grid !important; grid-template-columns: 3fr 1fr 1fr 1fr 2fr; gap: 12px !important; width: 100%;} .essl-form > .form > * {min-width: 0 !important;}
+.essl-form > .form {background: none !important; border: 0 !important; box-shadow: none !important; align-items: start; display: grid !important; grid-template-columns: 3fr 1fr 1fr 1fr 2fr; gap: 12px !important; width: 100%;} .essl-form > .form > * {min-width: 0 !important;}
 .essl-ahead thead th, .essl-ahead thead td {text-align: right !important; font-size: 13px;} .essl-ahead small {opacity: .8;}
 .essl-key {display: flex; flex-wrap: wrap; gap: 4px 16px; list-style: none !important; margin: 0 0 4px !important; padding: 0 !important; font-size: 13px;}
 .essl-key li {display: inline-flex; align-items: center; gap: 6px; margin: 0 !important; padding: 0 !important;}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MULTIPLES', 'LOGS', 'RunCurve', 'run_curve', 'study_curves', 'LogTail', 'folder_curves', 'kept_panels', 'levels',
-           'runs_finding', 'draw_run', 'runs_figure']
+           'runs_finding', 'line_of_run', 'draw_run', 'runs_figure']
 
 # %% ../../nbs/viz/12_runs.ipynb #e463d5e4
 import json
@@ -127,11 +127,21 @@ def runs_finding(runs: list, chosen: str | None = None) -> str:
     return f"{count}. {mine.name}: {said}" if ill or len(runs) > 1 else f"{mine.name}: {said}"
 
 # %% ../../nbs/viz/12_runs.ipynb #5f884d13
+def line_of_run(run: RunCurve, name: str) -> tuple: # steps, values
+    "What a panel draws of a run: the first of its numbers that makes a line, or the first at all."
+    series = [run.log.series(column) for column in MULTIPLES[name]]
+    return next((s for s in series if len(s[0]) > 1), next((s for s in series if len(s[0])), series[0]))
+
+
 def draw_run(fig: go.Figure, run: RunCurve, name: str, row: int, col: int, colour: str, strong: bool):
-    "One run in one panel."
-    steps, values = run.log.series(*MULTIPLES[name])
+    "One run in one panel; of the run in colour also its single batches, as points."
+    (steps, values), hours = line_of_run(run, name), run.hours
+    for column in MULTIPLES[name][1:] if strong else ():
+        dots, heights = run.log.series(column)
+        if len(dots) and not column.startswith("valid") and len(dots) != len(steps):
+            fig.add_scatter(x=[hours.get(int(s), int(s)) for s in dots], y=heights.tolist(), customdata=dots.tolist(), mode="markers", marker=dict(size=4, color=colour), opacity=0.35, name="one batch", meta=dict(role="batches"),
+                            hovertemplate="one batch<br>%{y:.4g} at step %{customdata:,}<extra></extra>", row=row, col=col)
     if len(steps):
-        hours = run.hours
         fig.add_scatter(x=[hours.get(int(s), int(s)) for s in steps], y=values.tolist(), customdata=steps.tolist(), name=run.name, mode="lines+markers" if len(steps) == 1 else "lines", line=dict(color=colour, width=2.5 if strong else 1),
                         opacity=1 if strong else 0.55, meta=dict(role="run", run=run.name), hovertemplate=f"{plain_text(run.name)}<br>%{{y:.4g}} at step %{{customdata:,}}<extra></extra>", row=row, col=col)
 
@@ -148,7 +158,7 @@ def runs_figure(
         raise EsslError("No run has numbers yet; they come with the first lines of a log.")
     mine = next((r for r in runs if r.name == chosen), runs[0])
     lines = -(-len(panels) // 2)
-    fig = make_subplots(rows=lines, cols=2, subplot_titles=panels, vertical_spacing=0.36 / lines, horizontal_spacing=0.1)
+    fig = make_subplots(rows=lines, cols=2, subplot_titles=panels, vertical_spacing=0.26 / lines, horizontal_spacing=0.1)
     colour = family_ink(family_of(mine.mixer)) if mine.mixer else GREY
     for at, name in enumerate(panels):
         place = dict(row=at // 2 + 1, col=at % 2 + 1)
@@ -164,5 +174,7 @@ def runs_figure(
             fig.add_vline(x=hour, line=dict(color="#D55E00", width=1.5, dash="dot"), **place)
         fig.update_yaxes(**(dict(type="log", tickvals=[m * 10.0**k for k in range(-6, 7) for m in (1, 3)]) if name in LOGS else dict(rangemode="tozero") if name != "loss" else {}), **place)
     plain(fig, height=190 * lines + 90, title=title, margin=dict(l=56, r=16, t=60 if title else 36, b=52))
-    fig.update_annotations(font=dict(size=13))
+    fig.update_annotations(font=dict(size=13)).update_layout(meta=dict(top=32))
+    ends = [max(r.hours.values(), default=r.log.rows[-1]["step"]) for r in runs if r.log.rows]
+    fig.update_xaxes(range=[0, 1.02 * max(ends)])
     return fig.update_xaxes(title_text="hours of audio" if mine.hours else "step", row=lines)
