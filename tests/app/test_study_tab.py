@@ -99,7 +99,7 @@ def made(tmp_path_factory):
     corpus = folder / "sound"
     corpus.mkdir()
     generator = np.random.default_rng(0)
-    for i in range(12):
+    for i in range(40):
         soundfile.write(corpus / f"{i}.wav", chirp(4.0) * 0.5 + 0.05 * generator.standard_normal(64000).astype("float32"), 16000)
     jobs = Jobs()
     yield StudyController(Studies(folder / "opened"), Listen(corpus), jobs), folder
