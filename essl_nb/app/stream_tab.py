@@ -164,7 +164,7 @@ from fastcore.basics import patch
 
 
 @patch
-async def half_heard(self: StreamController, source, clip, key, ahead, part, session: str): # yields view values
+async def half_played(self: StreamController, source, clip, key, ahead, part, session: str): # yields view values
     "The first half of the sound, without waiting for it; again when phones can be named."
     run, frames = self.live.begin(session), AHEAD[ahead]
     sound, part = self.sound(source, clip, session), self.part_of(source, clip, part)
@@ -334,7 +334,7 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     quiet = dict(api_visibility="private", show_progress="hidden")
     asked, drawn = [c[n] for n in ("source", "clip", "key", "ahead", "part")], [c["view"], c["error"]]
     busy = lambda text: f"(...a) => {{ window.essl && essl.busy('live', {json.dumps(text)}); return a; }}"
-    half, play = guarded(controller.half_heard)[0], guarded(controller.play)[0]
+    half, play = guarded(controller.half_played)[0], guarded(controller.play)[0]
     record, end = guarded(controller.record)[1], guarded(controller.end_recording)[1]
 
     async def on_half(source, clip, key, ahead, part, request: gr.Request):

@@ -269,7 +269,7 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
             traceback.print_exc()
             return gr.skip(), nothing_yet(f"The explorer itself failed: {type(e).__name__}: {e}. Choose another study; the page still works."), ""
 
-    def said(make, *asked):
+    def sentence(make, *asked):
         try:
             return f'<p class="essl-note">{html.escape(make(*asked))}</p>'
         except EsslError as e:
@@ -282,14 +282,14 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
         return event._data.get("label")
 
     def on_estimate(names, steps, width, seeds, probe):
-        return said(controller.estimate, names, steps, width, seeds, probe)
+        return sentence(controller.estimate, names, steps, width, seeds, probe)
 
     def on_select(shown, names, steps, width, seeds, request: gr.Request):
         if shown:
             return [gr.skip()] * 6
         known, offered = controller.sources(request.session_hash), offered_probes(controller.listen.corpus)
         first, probe = max(known, key=lambda k: int(k[0].rsplit("(", 1)[-1].split()[0]) if "(" in k[0] else 0)[1] if known else None, "masked_phones" if "masked_phones" in offered else offered[0]
-        return gr.Dropdown(choices=known, value=first), *draw(first, None, request.session_hash), gr.Dropdown(choices=[(plain_words(p), p) for p in offered], value=probe), said(controller.estimate, names, steps, width, seeds, probe)
+        return gr.Dropdown(choices=known, value=first), *draw(first, None, request.session_hash), gr.Dropdown(choices=[(plain_words(p), p) for p in offered], value=probe), sentence(controller.estimate, names, steps, width, seeds, probe)
 
     def on_run(names, steps, width, seeds, probe, request: gr.Request):
         try:
@@ -297,7 +297,7 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
         except EsslError as e:
             return gr.skip(), error_html(str(e)), *[gr.skip()] * 4
         known = controller.sources(request.session_hash)
-        return gr.Dropdown(choices=known, value=OWN), said(lambda: controller.progress(request.session_hash)[1]), gr.Timer(active=True), *draw(OWN, None, request.session_hash)
+        return gr.Dropdown(choices=known, value=OWN), sentence(lambda: controller.progress(request.session_hash)[1]), gr.Timer(active=True), *draw(OWN, None, request.session_hash)
 
     def on_stop(request: gr.Request):
         controller.jobs.stop(request.session_hash)
@@ -306,7 +306,7 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
         runs, text = controller.progress(request.session_hash)
         own = controller.own.get(request.session_hash)
         new = own is not None and source == OWN and own.curves()[1]
-        return said(lambda: text), gr.skip() if runs else gr.Timer(active=False), *(draw(source, chosen, request.session_hash) if new or (source == OWN and not runs) else [gr.skip()] * 3)
+        return sentence(lambda: text), gr.skip() if runs else gr.Timer(active=False), *(draw(source, chosen, request.session_hash) if new or (source == OWN and not runs) else [gr.skip()] * 3)
 
     flag = "(...a) => { const v = window.essl && essl.views.health; a[0] = v && v.payload ? '1' : ''; if (v && !v.payload) essl.busy('health', 'Reading the curves…'); return a; }"
     tab.select(on_select, [c["shown"], *form[:4]], [c["source"], *drawn, c["probe"], c["estimate"]], js=flag, **quiet)

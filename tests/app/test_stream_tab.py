@@ -189,7 +189,7 @@ def told(generator) -> list: # dicts
 def test_half_then_all_of_a_clip(controller):
     control, clips, _ = controller
     key = f"trained:{STREAMS}"
-    half = told(control.half_heard("a clip of the corpus", clips[1], key, "160 ms", None, "somebody"))
+    half = told(control.half_played("a clip of the corpus", clips[1], key, "160 ms", None, "somebody"))
     assert len(half) == 1 and not half[0]["playing"] and "nothing in this corpus is labelled" in half[0]["caption"]
     assert half[0]["csv"].startswith("chunk_end_s,") and half[0]["csv"].count("\n") == 1 + len([t for t in half[0]["figure"]["data"] if (t.get("meta") or {}).get("role") == "live-times"][0]["x"])
     import time
@@ -227,7 +227,7 @@ def test_the_code_gives_the_figure(controller):
 def test_what_cannot_be_played_is_said_in_a_sentence(controller, source, clip, key, words):
     control, clips, _ = controller
     clip = next((c for c in clips if c.startswith("0")), clip) if clip == "0" else clip
-    for ask in (control.half_heard, control.play):
+    for ask in (control.half_played, control.play):
         async def all_of(make):
             return [x async for x in guarded(make)[0](source, clip, key, "160 ms", None, "a")]
         (value, error), = asyncio.run(all_of(ask))[-1:]
