@@ -7,6 +7,7 @@ __all__ = ['LIMITS', 'MOST_MIXERS', 'MOST_SECONDS', 'DEPTH', 'offered_probes', '
            'run_small_study', 'OwnStudy']
 
 # %% ../../nbs/app/14_small_study.ipynb #f0f6eaf4
+import atexit
 import shutil
 import tempfile
 import threading
@@ -101,6 +102,9 @@ class OwnStudy:
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="essl-study-")))
     tails: dict = field(default_factory=dict) # folder of a run → LogTail
 
+    def __post_init__(self):
+        atexit.register(self.remove)  # where the process ends before the visit does
+
     def curves(self) -> tuple: # list of RunCurve; whether anything is new
         "Its runs as they are now, read from where they were read last."
         new = False
@@ -115,4 +119,5 @@ class OwnStudy:
 
     def remove(self):
         "Remove the folder."
+        atexit.unregister(self.remove)
         shutil.rmtree(self.folder, ignore_errors=True)
