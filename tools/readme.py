@@ -17,7 +17,7 @@ from nbconvert import MarkdownExporter
 from nbformat.v4 import new_markdown_cell
 
 FIGURES = Path("docs/figures")
-PAGES = {"README.md": "index.ipynb", "docs/results.md": "docs/results.ipynb", "docs/parity.md": "docs/parity.ipynb", "docs/encoder.md": "docs/encoder.ipynb"}  # page: its notebook
+PAGES = {"README.md": "index.ipynb", "docs/results.md": "docs/results.ipynb", "docs/parity.md": "docs/parity.ipynb", "docs/encoder.md": "docs/encoder.ipynb", "docs/sluice.md": "docs/sluice.ipynb"}  # page: its notebook
 PLOTLY = "application/vnd.plotly.v1+json"
 HEAD = "<!-- Written by tools/readme.py from {}; edit the notebook. -->\n"
 

@@ -77,7 +77,7 @@ def build():
     (PAGES / "assets").mkdir()
     shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", PAGES / "assets")
     (PAGES / "assets" / "figures.js").write_text(DRAW)
-    nav = [{"essl_nb": "index.md"}, {"Results": "docs/results.md"}, {"Parity": "docs/parity.md"}, {"An encoder that costs less": "docs/encoder.md"}, {"Design": "docs/design.md"}, {"Contributing": "CONTRIBUTING.md"}]
+    nav = [{"essl_nb": "index.md"}, {"Results": "docs/results.md"}, {"Parity": "docs/parity.md"}, {"Sluice": "docs/sluice.md"}, {"An encoder that costs less": "docs/encoder.md"}, {"Design": "docs/design.md"}, {"Contributing": "CONTRIBUTING.md"}]
     for folder in ["tutorials", *check.folders(ROOT)]:
         found = sorted((ROOT / "nbs" / folder).glob("*.ipynb"))
         for path in found:
