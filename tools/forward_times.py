@@ -4,12 +4,15 @@
     python tools/forward_times.py GRID --seconds 1,10,40,160 --rounds 9  # what is asked by default
     python tools/forward_times.py GRID --beside luna convnext ligru      # beside these of results/small
 
-One thread, batch 1, float32, from stored log-mel features to the last frame, in random weights; the clock is the processor time of the thread, and
-the order is drawn anew in each round. One line for each encoder and duration is appended to forward.jsonl beside the grid.
+One thread, batch 1, float32, from stored log-mel features to the last frame, in random weights; the clock is the processor time of the thread, freed
+memory stays with the process (large activations would otherwise be mapped anew in each pass, which may double its time), and the order is drawn anew
+in each round. One line for each encoder and duration is appended to forward.jsonl beside the grid.
 """
 import argparse
+import os
 import random
 import statistics
+import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +22,7 @@ import torch
 from essl_nb.core.config import from_json, to_json
 from essl_nb.core.files import append_line, read_json
 from essl_nb.core.machine import library_versions, machine_record
+from essl_nb.costs.curves import KEPT
 from essl_nb.costs.macs import encoder_macs
 from essl_nb.mixers.base import baseline_mixer
 from essl_nb.models.config import EncoderConfig
@@ -57,11 +61,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--beside", nargs="*", default=[], help="encoders of results/small")
     args = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in KEPT.items()):  # the C library reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT)
     torch.set_num_threads(1)
     own, beside = configurations(args.grid, args.beside)
     configs = beside | own
     encoders = {name: build_encoder(c, seed=0).eval() for name, c in configs.items()}
-    made = dict(when=datetime.now(timezone.utc).isoformat(timespec="seconds"), threads=1, rounds=args.rounds, precision="fp32", clock="thread time",
+    made = dict(when=datetime.now(timezone.utc).isoformat(timespec="seconds"), threads=1, rounds=args.rounds, precision="fp32", clock="thread time", freed_memory="kept",
                 machine=machine_record(), versions=library_versions())
     for seconds in map(float, args.seconds.split(",")):
         raw = torch.randn(1, int(100 * seconds), 80, generator=torch.Generator().manual_seed(0))
