@@ -169,13 +169,17 @@ def cold_start(kind: str, path, repeats: int) -> tuple: # s to the first frame (
     "Start processes and wait for their first frame. Raises EsslError where one fails."
     seconds, peak = [], 0
     for _ in range(repeats):
-        began = time.perf_counter()
-        child = subprocess.Popen([sys.executable, "-c", COLD[kind], str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        first = child.stdout.readline().strip()
-        seconds.append(time.perf_counter() - began)
-        rest, errors = child.communicate()
+        with tempfile.TemporaryFile("w+") as errors:
+            began = time.perf_counter()
+            child = subprocess.Popen([sys.executable, "-c", COLD[kind], str(path)], stdout=subprocess.PIPE, stderr=errors, text=True)
+            first = child.stdout.readline().strip()
+            seconds.append(time.perf_counter() - began)
+            rest = child.stdout.read()  # `communicate` would lose what came with the first line
+            child.wait()
+            errors.seek(0)
+            said = errors.read().strip().splitlines()
         if first != "first" or child.returncode:
-            raise EsslError(f"A cold start of {path} failed: {errors.strip().splitlines()[-1] if errors.strip() else first!r}")
+            raise EsslError(f"A cold start of {path} failed: {said[-1] if said else repr(first)}")
         peak = max(peak, int(rest.split()[-1]))
     return statistics.median(seconds), peak
 
