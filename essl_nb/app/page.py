@@ -96,7 +96,7 @@ E.narrow = (layout, data) => {
   Object.assign(layout.margin, {l: Math.min(layout.margin.l, 46), r: Math.min(layout.margin.r, 40)});
   for (const axis of [layout.xaxis, layout.yaxis]) if (axis.title && axis.title.text) axis.title.text = axis.title.text.replace('  (', '<br>(');
   if (layout.meta && layout.meta.rows) { layout.margin.l = 40; layout.yaxis.title.text = layout.yaxis2.title.text = ''; for (const t of data) if (t.meta && t.meta.role === 'mel') t.showscale = false; }
-  else { layout.margin.b += 16; layout.margin.l += 12; layout.margin.r = data.some(E.isCurve) ? 92 : 12; }
+  else { layout.margin.b += 16; layout.margin.l += layout.yaxis.type === 'log' && (layout.yaxis.title?.text || '').includes('<br>') ? 30 : 12; layout.margin.r = data.some(E.isCurve) ? 92 : 12; }
 };
 E.draw = (div, figure) => {
   const data = structuredClone(figure.data).filter(t => !(t.meta && ['key', 'leader'].includes(t.meta.role))), layout = structuredClone(figure.layout), ink = E.dark() ? '#e6e6e6' : '#222', width = div.clientWidth || 600, narrow = width < 560;
