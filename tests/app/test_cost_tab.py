@@ -5,8 +5,7 @@ import time
 
 import pandas as pd
 import pytest
-from test_app import FLAGS, NO_BROWSER, PATIENCE, chromium
-from test_access import start
+from browser import quiet_page
 from test_costs_compared import same_figure
 
 from essl_nb.app.cards import cards_document, cards_html
@@ -171,39 +170,23 @@ def test_nothing_measured_draws_nothing():
 
 
 def test_in_the_browser(tmp_path_factory):
-    if chromium() is None:
-        pytest.skip(NO_BROWSER)
-    sync = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    process, address = start(tmp_path_factory.mktemp("uploads"), study_dir("small"), "bundled")
-    try:
-        with sync.sync_playwright() as p:
-            page = p.chromium.launch(executable_path=chromium(), args=FLAGS).new_page(viewport=dict(width=390, height=800))
-            page.set_default_timeout(PATIENCE)
-            asked, told = [], []
-            page.on("request", lambda r: asked.append(r.url))
-            page.on("console", lambda m: told.append(m.text))
-            page.on("pageerror", lambda e: told.append(str(e)))
-            page.goto(address)
-            page.click("button[role=tab]:has-text('Cost')")
-            page.wait_for_selector("#cost-view .essl-view[data-shown]")
-            page.wait_for_selector("#cost-view .essl-plotted:nth-child(2) .main-svg")
-            assert page.evaluate("() => document.documentElement.scrollWidth") == 390
-            page.click("#cost-sidebar > .label-wrap")
-            page.fill("#cost-a-width input", "wide")
-            page.click("#cost-measure")
-            page.wait_for_selector("#cost-error .essl-error:has-text('The width wide was given')")
-            page.fill("#cost-a-width input", "16")
-            page.fill("#cost-a-depth input", "1")
-            page.fill("#cost-seconds input", "0.5, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16")
-            page.click("#cost-measure")
-            page.wait_for_selector("#cost-view .essl-finding:has-text('Here, now')")
-            assert page.locator("#cost-error .essl-error").count() == 0
-            page.click("#cost-stop")
-            page.wait_for_selector("#cost-view .essl-busy:has-text('Stopped; ')")
-            page.wait_for_selector("#cost-measure:not([disabled])")
-            page.click("#cost-show label:has-text('stored')")
-            page.wait_for_selector("#cost-view .essl-caption:has-text('One layer of each mixer')")
-            assert not told and not [u for u in asked if not u.startswith((address, address.replace("http:", "ws:"), "data:", "blob:"))]
-    finally:
-        process.terminate()
-        process.wait(60)
+    with quiet_page(tmp_path_factory.mktemp("uploads")) as page:
+        page.click("button[role=tab]:has-text('Cost')")
+        page.wait_for_selector("#cost-view .essl-view[data-shown]")
+        page.wait_for_selector("#cost-view .essl-plotted:nth-child(2) .main-svg")
+        assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+        page.click("#cost-sidebar > .label-wrap")
+        page.fill("#cost-a-width input", "wide")
+        page.click("#cost-measure")
+        page.wait_for_selector("#cost-error .essl-error:has-text('The width wide was given')")
+        page.fill("#cost-a-width input", "16")
+        page.fill("#cost-a-depth input", "1")
+        page.fill("#cost-seconds input", "0.5, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16")
+        page.click("#cost-measure")
+        page.wait_for_selector("#cost-view .essl-finding:has-text('Here, now')")
+        assert page.locator("#cost-error .essl-error").count() == 0
+        page.click("#cost-stop")
+        page.wait_for_selector("#cost-view .essl-busy:has-text('Stopped; ')")
+        page.wait_for_selector("#cost-measure:not([disabled])")
+        page.click("#cost-show label:has-text('stored')")
+        page.wait_for_selector("#cost-view .essl-caption:has-text('One layer of each mixer')")

@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_app import FLAGS, NO_BROWSER, PATIENCE, chromium
-from test_access import start
+from browser import quiet_page
 from test_costs_compared import run_code, same_figure
 
 from essl_nb.app.clips import Sessions
@@ -155,35 +154,19 @@ def test_what_is_too_slow_is_left_out_of_longer_ones(monkeypatch):
 
 
 def test_in_the_browser(tmp_path_factory):
-    if chromium() is None:
-        pytest.skip(NO_BROWSER)
-    sync = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    process, address = start(tmp_path_factory.mktemp("uploads"), study_dir("small"), "bundled")
-    try:
-        with sync.sync_playwright() as p:
-            page = p.chromium.launch(executable_path=chromium(), args=FLAGS).new_page(viewport=dict(width=390, height=800))
-            page.set_default_timeout(PATIENCE)
-            asked, told = [], []
-            page.on("request", lambda r: asked.append(r.url))
-            page.on("console", lambda m: told.append(m.text))
-            page.on("pageerror", lambda e: told.append(str(e)))
-            page.goto(address)
-            page.click("button[role=tab]:has-text('LiGRU')")
-            page.wait_for_selector("#gates-view .essl-view[data-shown]")
-            page.wait_for_selector("#gru-view .main-svg")
-            assert page.evaluate("() => document.documentElement.scrollWidth") == 390
-            before = page.inner_text("#gates-view .essl-readout")
-            page.focus("#essl-gate-frame")
-            page.keyboard.press("ArrowRight")
-            after = page.inner_text("#gates-view .essl-readout")
-            assert before != after and "of the state" in after and page.evaluate("() => essl.views.gates.line.getBoundingClientRect().height") > 100
-            page.click("#gru-sidebar > .label-wrap")
-            page.click("#gru-layer label:has-text('2')")
-            page.wait_for_selector("#gates-view .essl-caption:has-text('layer 2')")
-            page.fill("#gru-units input", "none")
-            page.click("#gru-measure")
-            page.wait_for_selector("#gru-error .essl-error:has-text('number of units none')")
-            assert not told and not [u for u in asked if not u.startswith((address, address.replace("http:", "ws:"), "data:", "blob:"))]
-    finally:
-        process.terminate()
-        process.wait(60)
+    with quiet_page(tmp_path_factory.mktemp("uploads")) as page:
+        page.click("button[role=tab]:has-text('LiGRU')")
+        page.wait_for_selector("#gates-view .essl-view[data-shown]")
+        page.wait_for_selector("#gru-view .main-svg")
+        assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+        before = page.inner_text("#gates-view .essl-readout")
+        page.focus("#essl-gate-frame")
+        page.keyboard.press("ArrowRight")
+        after = page.inner_text("#gates-view .essl-readout")
+        assert before != after and "of the state" in after and page.evaluate("() => essl.views.gates.line.getBoundingClientRect().height") > 100
+        page.click("#gru-sidebar > .label-wrap")
+        page.click("#gru-layer label:has-text('2')")
+        page.wait_for_selector("#gates-view .essl-caption:has-text('layer 2')")
+        page.fill("#gru-units input", "none")
+        page.click("#gru-measure")
+        page.wait_for_selector("#gru-error .essl-error:has-text('number of units none')")

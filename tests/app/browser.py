@@ -1,0 +1,31 @@
+"""A page of the explorer in a browser, for tests of single tabs."""
+from contextlib import contextmanager
+
+import pytest
+from test_access import start
+from test_app import FLAGS, NO_BROWSER, PATIENCE, chromium
+
+from essl_nb.core.places import study_dir
+
+
+@contextmanager
+def quiet_page(uploads, width: int = 390):
+    "The shipped study on a page that must stay on this machine and leave the console silent; skips where there is no browser."
+    if chromium() is None:
+        pytest.skip(NO_BROWSER)
+    sync = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    process, address = start(uploads, study_dir("small"), "bundled")
+    try:
+        with sync.sync_playwright() as p:
+            page = p.chromium.launch(executable_path=chromium(), args=FLAGS).new_page(viewport=dict(width=width, height=800))
+            page.set_default_timeout(PATIENCE)
+            asked, told = [], []
+            page.on("request", lambda r: asked.append(r.url))
+            page.on("console", lambda m: told.append(m.text))
+            page.on("pageerror", lambda e: told.append(str(e)))
+            page.goto(address)
+            yield page
+            assert not told and not [u for u in asked if not u.startswith((address, address.replace("http:", "ws:"), "data:", "blob:"))]
+    finally:
+        process.terminate()
+        process.wait(60)
