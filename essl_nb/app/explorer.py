@@ -60,7 +60,7 @@ LAUNCH = dict(server_name="127.0.0.1", share=False, quiet=True, footer_links=[],
 TOP = """<div class="essl-head"><b>essl_nb explorer</b><span>What can stand in for self-attention in a speech encoder, and what it costs</span>
 <button type="button" class="essl-button" onclick="essl.toggle()">light / dark</button></div>"""
 
-
+# %% ../../nbs/app/20_explorer.ipynb #9f97136b
 def create_app(
     corpus=None, # a Corpus, or what load_corpus takes; None: the bundled one
     results=None, # a study's folder; None: the one that comes with the package

@@ -89,7 +89,7 @@ def cpu_message(files: LoopFiles, machine: str, which: str) -> str: # the view's
         pass  # no stream was timed on that machine
     return drawn(figures, caption=f"{machine}. " + BENCH_CAPTION.format(more=more), code=lines, csv=loops_csv(rows))
 
-
+# %% ../../nbs/app/17_light_gru.ipynb #7ee39272
 def gpu_message(files: LoopFiles, key: str, which: str) -> str: # the view's value
     "Stored timings of one GPU. Raises EsslError where there are none."
     folder = files.gpus / Path(key.removeprefix(GPU)).name

@@ -62,7 +62,7 @@ E.print = text => {
 };
 """
 
-
+# %% ../../nbs/app/03_plots.ipynb #547805a2
 def plots_html(label: str, busy: str) -> str: # HTML
     "The view before anything was drawn."
     return FIGURE_HTML.format(name=label, busy=busy)

@@ -171,7 +171,7 @@ def start(self: StudyController, session: str, *form):
     if before is not None and before is not self.own[session]:
         before.remove()
 
-
+# %% ../../nbs/app/19_study_tab.ipynb #fcff9b9e
 @patch
 def progress(self: StudyController, session: str) -> tuple: # whether it runs, a sentence
     "How far the visit's study is."
