@@ -118,6 +118,7 @@ class Recording:
     resampler: object = None
     behind: deque = field(default_factory=lambda: deque(maxlen=8)) # seconds that the sound is behind the clock: what is late, and what was lost
     whole: bool = False # whether a figure was sent, to which columns can be added
+    lock: Lock = field(default_factory=Lock) # its files and its end come one after the other
 
     def accept(self, path) -> float: # seconds that did not arrive
         "The next file. Raises EsslError where it is no sound."
@@ -149,7 +150,7 @@ class LiveSound:
     ):
         self.read_corpus, self.library, self.sessions, self.uploads = corpus, library, sessions, uploads
         self.forms, self.heads, self.failed, self.line = LRUCache(6), {}, {}, Line()
-        self.runs, self.recordings, self.count, self.lock, self.fitting = {}, {}, 0, Lock(), Lock()
+        self.runs, self.recordings, self.speaking, self.count, self.lock, self.fitting = {}, {}, set(), 0, Lock(), Lock()  # speaking: visits whose microphone is on
 
     @property
     def corpus(self):
@@ -185,6 +186,7 @@ class LiveSound:
     def leave(self, session: str):
         "The end of a visit: nothing of it stays."
         self.stop(session)
+        self.speaking.discard(session)
         self.recordings.pop(session, None)
         self.sessions.end(session)
 

@@ -287,11 +287,12 @@ E.live = (element, props, trigger, watch) => {
   watch('value', show); show();
 };
 E.showLive = async (view, d) => {
+  if (d.playing && d.run === view.ended) return; // it was on its way when the sound ended
   E.answered(view, d.note, d.dim);
   if (!d.playing) view.audio.pause();
   if (d.keep) { view.root.dataset.note = d.stamp; return; }
   if (d.tick) { if (view.payload && view.payload.run === d.run) E.addLive(view, d); return; }
-  view.payload = d; if (d.playing) view.ticks = 0;
+  view.payload = d; if (d.playing) view.ticks = 0; else view.ended = d.run;
   view.text.textContent = d.text; view.about.textContent = d.about; view.finding.textContent = d.finding; view.caption.textContent = d.caption; view.code(d.code);
   view.div.hidden = view.tools.hidden = false;
   view.div.setAttribute('aria-label', `${d.finding} The numbers are in the file below.`);

@@ -232,18 +232,40 @@ OWN_VOICE = dict(text="", about="heard as you speak, kept nowhere", uploaded=Tru
 
 
 @patch
+def begin_recording(self: StreamController, session: str):
+    "The microphone is on: files that come from now on are taken."
+    self.live.recordings.pop(session, None)
+    self.live.speaking.add(session)
+
+
+@patch
+def recording_of(self: StreamController, key: str, frames: int, session: str) -> Recording: # the visit's own
+    "The recording that goes on, or a new one: the first, and one for another encoder. Raises EsslError for encoders that cannot stream."
+    recording = self.live.recordings.get(session)
+    if recording is None or not self.live.is_on(session, recording.run):
+        run = self.live.begin(session)
+        recording = self.live.recordings[session] = Recording(run, LiveEncoding(self.live.encoder(key, frames)), None)
+    return recording
+
+
+@patch
 def record(self: StreamController, path, key, ahead, part, session: str) -> str: # a view value
-    "The next part of a recording. Raises EsslError for sound that cannot be read and encoders that cannot stream."
+    "The next file of a recording; one that comes after its end is dropped. Raises EsslError for sound that cannot be read and encoders that cannot stream."
     if path is None:
         return unchanged()
     with self.live.uploads.reading(path) as place:
-        recording, frames = self.live.recordings.get(session), AHEAD[ahead]
-        if recording is None or not self.live.is_on(session, recording.run):
-            run = self.live.begin(session)
-            recording = self.live.recordings[session] = Recording(run, LiveEncoding(self.live.encoder(key, frames)), None)
+        if session not in self.live.speaking:
+            return unchanged()
+        recording = self.recording_of(key, AHEAD[ahead], session)
         if position := self.live.line.position(recording.run):
             return unchanged(BUSY + ("the next." if position == 1 else f"number {position} in the line.") + " What is said meanwhile is not taken.")
-        lost = recording.accept(place)
+        with recording.lock:
+            return unchanged() if recording.live.ended else self.heard(recording, recording.accept(place), key, AHEAD[ahead], part)
+
+
+@patch
+def heard(self: StreamController, recording: Recording, lost: float, key: str, frames: int, part: str | None) -> str: # lost: s; a view value
+    "What is shown after a file: a whole figure at first, and when phones can be named; else what is new."
     live, head = recording.live, self.live.head_of(key, frames, part)
     if recording.phones is None and head is not None:
         recording.phones, recording.whole = PhoneFollower(head, live.frame_seconds), False
@@ -258,14 +280,16 @@ def record(self: StreamController, path, key, ahead, part, session: str) -> str:
 @patch
 def end_recording(self: StreamController, key, part, session: str) -> str: # a view value
     "The end of a recording: the last frames, and the comparison with the whole. Raises EsslError where it was too short."
+    self.live.speaking.discard(session)
     recording = self.live.recordings.pop(session, None)
     if recording is None:
         return unchanged("Nothing was recorded.")
     self.live.stop(session)
     live = recording.live
-    live.finish()
-    live.compare(live.wav)
-    return self.message(live, Sound("the microphone", live.wav, "mic", **OWN_VOICE), key, part, recording.phones, recording.run, playing=False, total=live.seconds)
+    with recording.lock:
+        live.finish()
+        live.compare(live.wav)
+        return self.message(live, Sound("the microphone", live.wav, "mic", **OWN_VOICE), key, part, recording.phones, recording.run, playing=False, total=live.seconds)
 
 # %% ../../nbs/app/16_stream_tab.ipynb #9d58c0af
 def stream_sidebar(controller: StreamController) -> dict: # name -> component
@@ -348,6 +372,9 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     def on_record(path, key, ahead, part, request: gr.Request):
         return record(path, key, ahead, part, request.session_hash)
 
+    def on_begin(request: gr.Request):
+        controller.begin_recording(request.session_hash)
+
     def on_end(key, part, request: gr.Request):
         return end(key, part, request.session_hash)
 
@@ -387,6 +414,7 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     c["play"].click(on_play, asked, drawn, js=busy("Waiting for the first chunk…"), trigger_mode="multiple", **draw)
     c["view"].again(on_half, asked, drawn, **draw)
     c["stop"].click(on_stop, None, None, **quiet)
+    c["mic"].start_recording(on_begin, None, None, **quiet)
     c["mic"].stream(on_record, [c["mic"], c["key"], c["ahead"], c["part"]], drawn, stream_every=MIC_EVERY, time_limit=int(LONGEST_LIVE), concurrency_limit=2, **quiet)
     c["mic"].stop_recording(on_end, [c["key"], c["part"]], drawn, **quiet)
     return c

@@ -258,6 +258,7 @@ def test_a_recording_comes_in_files(controller):
     control, _, folder = controller
     key, wav, rate = f"trained:{STREAMS}", chirp(1.6, 44100), 44100
     shown = []
+    control.begin_recording("speaker")
     for i, start in enumerate(range(0, len(wav), 7056)):
         path = folder / "up" / str(i) / "audio.wav"
         path.parent.mkdir(parents=True)
@@ -282,6 +283,27 @@ def test_a_recording_comes_in_files(controller):
     last = json.loads(control.end_recording(key, None, "speaker"))
     assert "Streamed − offline" in last["finding"] and not last["playing"] and "speaker" not in control.live.recordings
     assert "Nothing was recorded" in control.end_recording(key, None, "speaker")
+
+
+def test_a_file_that_comes_after_the_end_begins_nothing(controller):
+    control, _, folder = controller
+    key, run = f"trained:{STREAMS}", None
+    def send(who="late speaker"):
+        path = folder / "up" / "late.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, chirp(0.4), 16000)
+        control.live.uploads.add("x", [str(path)])
+        return json.loads(control.record(str(path), key, "20 ms", None, who))
+    assert send()["keep"] and "late speaker" not in control.live.runs, "before the microphone is on"
+    control.begin_recording("late speaker")
+    run = send()["run"]
+    recording = control.live.recordings["late speaker"]
+    last = json.loads(control.end_recording(key, None, "late speaker"))
+    assert last["run"] == run and not last["playing"]
+    assert send()["keep"] and "late speaker" not in control.live.recordings and not control.live.line.asked
+    control.live.speaking.add("late speaker"), control.live.recordings.update({"late speaker": recording}), control.live.runs.update({"late speaker": run})
+    assert send()["keep"], "in the middle of the end"
+    control.live.leave("late speaker")
 
 
 @pytest.fixture(scope="module")
