@@ -130,7 +130,7 @@ VIEWS = r"""
 E.figureView = (name, element, props, watch, file, toggles, again, later) => {
   const find = s => element.querySelector(s), panel = find('.essl-panel'), finding = find('.essl-finding'), caption = find('.essl-caption');
   const view = E.views[name] = {root: find('.essl-view'), busy: find('.essl-busy'), div: E.make('div', 'essl-plot'), key: E.make('ul', 'essl-key'), without: new Set(), again};
-  view.div.setAttribute('role', 'img'); view.div.without = view.without;
+  view.div.without = view.without;
   view.key.setAttribute('aria-label', toggles ? 'Families; press to hide or show' : 'Families');
   finding.after(view.key, view.div);
   const code = E.tools(panel, () => view.payload.csv, () => file), tools = panel.querySelector('.essl-tools');

@@ -182,7 +182,7 @@ E.gates = (element, props, trigger, watch) => {
   const find = s => element.querySelector(s), panel = find('.essl-panel');
   const view = E.views.gates = {root: find('.essl-view'), busy: find('.essl-busy'), slider: find('input'), out: find('output'), cell: find('canvas'), readout: find('.essl-readout'), plot: find('.essl-plot'), div: E.make('div'), line: E.make('i', 'essl-now'), again: () => trigger('again')};
   view.plot.append(view.div, view.line);
-  view.div.dataset.still = '1'; view.div.setAttribute('role', 'img');
+  view.div.dataset.still = '1';
   const at = (k, t, u) => E.gateAt(view, k, t, u);
   const code = E.tools(panel, () => E.gateCsv(view), () => 'gates.csv', '');
   view.set = t => {

@@ -31,14 +31,20 @@ E.save = (name, text) => {
   setTimeout(() => URL.revokeObjectURL(a.href), 1000);
 };
 E.dark = () => document.body.classList.contains('dark');
-E.toggle = () => { document.body.classList.toggle('dark'); };
+E.toggle = () => { try { localStorage.setItem('essl-theme', document.body.classList.toggle('dark') ? 'dark' : 'light'); } catch { /* a browser may keep nothing */ } };
+E.theme = () => { // the one that was chosen at an earlier visit
+  let chosen = null;
+  try { chosen = localStorage.getItem('essl-theme'); } catch { /* as above */ }
+  if (chosen && document.body && E.dark() !== (chosen === 'dark')) document.body.classList.toggle('dark');
+};
 E.fold = () => {
   if (window.innerWidth > 860) return;
   for (const b of document.querySelectorAll('.essl-sidebar > .label-wrap:not([data-folded])')) {
     if (b.classList.contains('open')) { b.click(); setTimeout(E.fold, 200); } else b.dataset.folded = '1';
   }
 };
-new MutationObserver(() => { clearTimeout(E.folding); E.folding = setTimeout(E.fold, 60); }).observe(document.documentElement, {childList: true, subtree: true});
+E.lists = () => { for (const list of document.querySelectorAll('ul[role=listbox]:not([tabindex])')) list.tabIndex = -1; }; // a list that scrolls would be a stop of its own for Tab, and is gone when it gets there
+new MutationObserver(() => { E.theme(); E.lists(); clearTimeout(E.folding); E.folding = setTimeout(E.fold, 60); }).observe(document.documentElement, {childList: true, subtree: true});
 E.lighter = (c, by) => '#' + [1, 3, 5].map(i => Math.round(parseInt(c.slice(i, i + 2), 16) * (1 - by) + 255 * by).toString(16).padStart(2, '0')).join('');
 E.clip = (v, low, high) => Math.min(Math.max(v, low), high);
 E.busy = (name, text) => {
@@ -62,13 +68,20 @@ E.answered = (view, note, dim) => {
   view.busy.textContent = note || '';
 };
 E.shown = name => (E.views[name] && E.views[name].payload || {}).key || '';
+document.addEventListener('keydown', e => { // arrows on the bar of tabs, as in any list of tabs
+  const tab = e.target.closest && e.target.closest('[role=tablist] [role=tab]'), step = {ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity}[e.key];
+  if (!tab || !step) return;
+  const tabs = [...tab.closest('[role=tablist]').querySelectorAll('[role=tab]')], at = tabs.indexOf(tab), n = tabs.length;
+  const next = tabs[Number.isFinite(step) ? (at + step + n) % n : step < 0 ? 0 : n - 1];
+  e.preventDefault(); next.click(); next.focus();
+});
 """
 
 # %% ../../nbs/app/02_page.ipynb #f3eeedbb
 LARGE = r"""
 E.most = 25e6; // bytes of one upload
 E.tooLarge = e => {
-  const files = e.dataTransfer ? e.dataTransfer.files : e.target.files, box = e.target.closest && e.target.closest('#own');
+  const files = e.dataTransfer ? e.dataTransfer.files : e.target.files, box = e.target.closest && e.target.closest('#own, #stream-own');
   const file = files && files[0]; // the list is emptied below
   if (!box || !file || file.size <= E.most) return;
   e.stopImmediatePropagation(); e.preventDefault();
@@ -100,6 +113,7 @@ E.narrow = (layout, data) => {
 };
 E.draw = (div, figure) => {
   const data = structuredClone(figure.data).filter(t => !(t.meta && ['key', 'leader'].includes(t.meta.role))), layout = structuredClone(figure.layout), ink = E.dark() ? '#e6e6e6' : '#222', width = div.clientWidth || 600, narrow = width < 560;
+  div.setAttribute('role', 'img');
   layout.paper_bgcolor = 'rgba(0,0,0,0)';
   layout.font = {...layout.font, color: ink, size: narrow ? 11 : 13};
   delete layout.title; layout.showlegend = data.some(t => t.meta && t.meta.role === 'series');
@@ -143,7 +157,6 @@ E.panel = view => {
   p.plot.append(p.div, p.canvas);
   p.root.append(p.head, p.finding, p.readout, p.plot, p.caption);
   p.code = E.tools(p.root, () => E.mapCsv(p), () => `map-${p.data.csv}.csv`, '');
-  p.div.setAttribute('role', 'img');
   p.div.addEventListener('drawn', () => E.highlight(p, view.t));
   E.watchRoom(p.div);
   const point = e => {
@@ -279,7 +292,7 @@ E.live = (element, props, trigger, watch) => {
   const find = s => element.querySelector(s);
   const view = E.views.live = {root: find('.essl-view'), busy: find('.essl-busy'), text: find('.essl-transcript'), about: find('.essl-about'), finding: find('.essl-finding'), caption: find('.essl-caption'),
     div: E.make('div', 'essl-plot'), audio: new Audio(), again: () => trigger('again')};
-  view.div.setAttribute('role', 'img'); view.div.hidden = true; view.finding.after(view.div);
+  view.div.hidden = true; view.finding.after(view.div);
   view.code = E.tools(find('.essl-panel'), () => view.payload.csv, () => 'live-sound.csv', '');
   view.tools = find('.essl-tools'); view.tools.hidden = true;
   E.watchRoom(view.div);

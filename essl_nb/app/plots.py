@@ -13,7 +13,6 @@ from .page import starter
 PLOTS = r"""
 E.plot = (view, i) => {
   const p = {root: E.make('section', 'essl-plotted'), head: E.make('h3'), div: E.make('div', 'essl-plot')};
-  p.div.setAttribute('role', 'img');
   p.root.append(p.head, p.div);
   E.watchRoom(p.div);
   if (i === 0) p.div.addEventListener('drawn', () => E.key(view.key, (p.div.figure.layout.meta || {}).families || [], new Set()));

@@ -21,7 +21,7 @@ def theme():
         body_background_fill="#ffffff", body_background_fill_dark="#161616", block_background_fill="*body_background_fill", block_background_fill_dark="*body_background_fill", border_color_primary="#8a8a8a", border_color_primary_dark="#6f6f6f",
         block_border_width="0px", block_shadow="none", block_padding="0px", layout_gap="12px", form_gap_width="0px",
         block_label_text_weight="500", block_title_text_weight="500", block_title_text_size="*text_sm",
-        input_border_width="1px", input_padding="8px", block_title_text_color="*body_text_color", checkbox_label_border_width="1px", checkbox_label_background_fill="transparent",
+        input_border_width="1px", input_padding="8px", body_text_color_subdued="#5c5c5c", body_text_color_subdued_dark="#b4b4b4", block_title_text_color="*body_text_color", checkbox_label_border_width="1px", checkbox_label_background_fill="transparent",
         checkbox_label_background_fill_dark="transparent", checkbox_label_border_color="#8a8a8a", checkbox_label_border_color_dark="#6f6f6f", input_background_fill="#ffffff", input_background_fill_dark="#1f1f1f", input_border_color="#8a8a8a", input_border_color_dark="#6f6f6f",
         button_primary_background_fill="#222222", button_primary_background_fill_dark="#e6e6e6", button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#161616", slider_color="#444444", slider_color_dark="#cfcfcf",

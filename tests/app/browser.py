@@ -9,7 +9,7 @@ from essl_nb.core.places import study_dir
 
 
 @contextmanager
-def quiet_page(uploads, width: int = 390):
+def quiet_page(uploads, width: int = 390, **more): # more: of the page
     "The shipped study on a page that must stay on this machine and leave the console silent; skips where there is no browser."
     if chromium() is None:
         pytest.skip(NO_BROWSER)
@@ -17,7 +17,7 @@ def quiet_page(uploads, width: int = 390):
     process, address = start(uploads, study_dir("small"), "bundled")
     try:
         with sync.sync_playwright() as p:
-            page = p.chromium.launch(executable_path=chromium(), args=FLAGS).new_page(viewport=dict(width=width, height=800))
+            page = p.chromium.launch(executable_path=chromium(), args=FLAGS).new_context(viewport=dict(width=width, height=800), **more).new_page()
             page.set_default_timeout(PATIENCE)
             asked, told = [], []
             page.on("request", lambda r: asked.append(r.url))
@@ -25,7 +25,8 @@ def quiet_page(uploads, width: int = 390):
             page.on("pageerror", lambda e: told.append(str(e)))
             page.goto(address)
             yield page
-            assert not told and not [u for u in asked if not u.startswith((address, address.replace("http:", "ws:"), "data:", "blob:"))]
+            assert not told, told
+            assert not [u for u in asked if not u.startswith((address, address.replace("http:", "ws:"), "data:", "blob:"))]
     finally:
         process.terminate()
         process.wait(60)
