@@ -56,7 +56,10 @@ def setting(row) -> str:
 
 def with_options(scores: pd.DataFrame) -> pd.DataFrame:
     "Scores with their options in words; the probe's name is added where the words do not distinguish two."
-    scores = scores.assign(setting=[setting(r) for r in scores.to_dict("records")])
+    columns = [c for c in ("span_ms", "labels", "split") if c in scores]
+    told = scores[columns].drop_duplicates()
+    told = told.assign(setting=[setting(r) for r in told.to_dict("records")])
+    scores = scores.assign(setting=scores[columns].merge(told, how="left", on=columns).setting.to_numpy())
     names = scores.groupby(["task", "setting", "head", "metric"])["probe"].transform("nunique")
     return scores.assign(setting=[f"{s}, {p}" if n > 1 else s for s, p, n in zip(scores.setting, scores.probe, names)])
 
