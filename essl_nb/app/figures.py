@@ -162,6 +162,11 @@ E.compare = (element, props, trigger, watch) => {
   };
 };
 E.curves = (element, props, trigger, watch) => { E.figureView('curves', element, props, watch, 'cost-against-duration.csv', true, () => E.views.compare.again()); };
+E.machines = (element, props, trigger, watch) => {
+  const view = E.figureView('machines', element, props, watch, 'ratios-by-machine.csv', false, () => trigger('again'), true);
+  view.first = () => view.div.on('plotly_click', e => { const p = e.points.find(p => p.data.meta && p.data.meta.role === 'place'); if (p) trigger('pick', {label: p.customdata}); });
+};
+E.scaling = (element, props, trigger, watch) => { E.figureView('scaling', element, props, watch, 'scores-against-steps.csv', false, () => trigger('again'), true); };
 E.health = (element, props, trigger, watch) => {
   const view = E.figureView('health', element, props, watch, 'runs.csv', false, () => trigger('again'), true);
   view.first = () => view.div.on('plotly_click', e => { const p = e.points.find(p => p.data.meta && p.data.meta.run); if (p) trigger('pick', {label: p.data.meta.run}); });

@@ -66,7 +66,7 @@ class JoinedStudy(StudyFile):
     def note(self) -> str:
         "What the caption says of the visitor's encoder."
         machine = own_machine(self.own["rows"])
-        return f" Yours: one seed, measured for this visit{f' on {machine}, its ratio beside attention there' if machine else ''}." if self.own["rows"] else ""
+        return f" Yours: one seed, measured for this visit{f' on {machine}, its ratio to attention too' if machine else ''}." if self.own["rows"] else ""
 
     @property
     def imports(self) -> str:
@@ -208,7 +208,7 @@ def own_fields(controller: OwnController) -> dict: # name → component
 
     c = dict(own=gr.State({}))
     with gr.Accordion("Your own encoder in this figure", open=False, elem_id="own-encoder"):
-        gr.HTML('<p class="essl-note">It is asked the task that is shown, with the study’s settings, and timed beside the study’s attention: a minute or two. Kept for this visit.</p>')
+        gr.HTML('<p class="essl-note">It is asked the task that is shown, with the study’s settings, and timed interleaved with the study’s attention: a minute or two. Kept for this visit.</p>')
         c["own_path"] = gr.Textbox("", label="Folder of a saved encoder", placeholder="runs/mine/encoder", max_lines=1, visible=controller.local, elem_id="own-path")
         c["own_files"] = gr.File(file_count="multiple", type="filepath", label=f"config.json and model.safetensors, up to {controller.uploads.max_file / MB:.0f} MB each", height=120, visible=not controller.local, elem_id="own-files", buttons=[])
         controller.fields = (c["own_path"], c["own_files"])

@@ -149,7 +149,7 @@ def measure_own(
     yield dict(done=0, total=total, seconds_left=asked.seconds + card_seconds * cost, note=f"scoring {asked.probe}")
     score = to_json(run_probe(encoder, asked.call, sounds, progress=False, **asked.kw))
     rows = [own_row("score", config, objective, score, probe=asked.probe, call=asked.call, corpus=asked.corpus, kw=asked.kw)]
-    yield dict(done=1, total=total, seconds_left=card_seconds * cost, note="measuring it beside attention" if cost else "", part=rows[0])
+    yield dict(done=1, total=total, seconds_left=card_seconds * cost, note="measuring its cost" if cost else "", part=rows[0])
     if cost:
         card = deployment_cost(config, **options)
         card["against"] = against or card["against"]  # as the study wrote it, so that the two are told to be one
