@@ -65,7 +65,7 @@ def across_caption(rows: pd.DataFrame, encoder: str | None) -> str:
     what = f"Of {encoder}" if encoder else rows.quantity.iloc[0].capitalize()
     alone = rows.groupby("encoder").place.nunique().eq(1).sum() if encoder is None and rows.place.nunique() > 1 else 0
     return (f"{what}: ratio to fused attention of the same machine, measured interleaved; marks: medians, bars: quartiles over rounds, n = {len(rows)} ratios. Colour: the mixer's family. "
-            f"Dark lines: less than attention in one place and more in another. Places differ in width, precision and batch as their names say, not in the machine alone; whole blocks are compared with a transformer block. "
+            f"Thick lines: less than attention in one place and more in another (quartiles). Places differ in width, precision and batch as their names say, not in the machine alone; whole blocks are compared with a transformer block. "
             + (f"{alone} encoders were measured in one place. " if alone else "") + "Not shown: seconds, which two machines do not share; accuracy.")
 
 

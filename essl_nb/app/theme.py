@@ -124,7 +124,7 @@ CARD = """
 .essl-answer > * {min-width: 0 !important; width: 100%;}
 .essl-answer:has(.essl-second) {grid-template-rows: auto 1fr;}
 .essl-answer > .essl-side {grid-row: span 2;}
-.essl-second {gap: 8px !important;} .essl-further {border: 0 !important; border-top: 1px solid rgba(128, 128, 128, .4) !important; border-radius: 0 !important; padding: 12px 0 !important; background: none !important;} .essl-further > .label-wrap {font-size: 18px; font-weight: 600; padding: 0;} .essl-further .form {background: none !important; border: 0 !important; box-shadow: none !important;}
+.essl-second {gap: 8px !important;} .essl-further {border: 0 !important; border-top: 1px solid rgba(128, 128, 128, .4) !important; border-radius: 0 !important; padding: 12px 0 !important; background: none !important;} .essl-further > .label-wrap {padding: 0;} .essl-further > .label-wrap > span:first-child {font-size: 16px; font-weight: 600; text-align: left;} .essl-further .form {background: none !important; border: 0 !important; box-shadow: none !important;}
 .essl-picks-three > .form {display: grid !important; grid-template-columns: 1fr 1fr; gap: 12px !important; width: 100%; max-width: 640px;} .essl-picks-three > .form > * {min-width: 0 !important;}
 .essl-picks > .form {display: grid !important; grid-template-columns: 3fr 3fr 5fr 6fr; gap: 12px !important; width: 100%;}
 .essl-picks > .form > * {min-width: 0 !important;}

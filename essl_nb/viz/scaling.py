@@ -67,15 +67,15 @@ def scaling_figure(
         family = rows.family.iloc[0]
         fig.add_trace(scaling_line(rows, 1 + APART * (i - (len(names) - 1) / 2), DASH[seen.get(family, 0) % len(DASH)], name == chosen))
         seen[family] = seen.get(family, 0) + 1
-    plain(fig, height=380, title=scaling_finding(table, along) if title is None else title, margin=dict(l=64, r=110, t=48 if title != "" else 16, b=56))
+    plain(fig, height=440, title=scaling_finding(table, along) if title is None else title, margin=dict(l=64, r=16, t=48 if title != "" else 16, b=56))
     family_key(fig, table.family).update_layout(title=dict(y=1, yanchor="top", yref="container", pad=dict(l=12, t=18)), hovermode="closest")
     ticks, ends = sorted(set(table.grown)), table.sort_values("grown").groupby("encoder", sort=False).tail(1).set_index("encoder")
     low, high = 100 * table.low.min(), 100 * table.high.max()
     room = 0.08 * (high - low or 1.0)
     places = spread_out(100 * ends.value.to_numpy(float), 0.06 * (high - low + 2 * room))
     for (name, end), y in zip(ends.iterrows(), places):
-        fig.add_annotation(x=math.log10(end.grown), y=100 * end.value, ax=20, ay=y, axref="pixel", ayref="y", text=f"<b>{plain_text(name)}</b>" if name == chosen else plain_text(name), name="end", showarrow=True, arrowhead=0, arrowwidth=0.7, arrowcolor="rgba(0,0,0,0)", xanchor="left", font=dict(size=12, color=family_ink(end.family)))
+        fig.add_annotation(x=math.log10(end.grown), y=100 * end.value, ax=20, ay=y, axref="pixel", ayref="y", text=f"<b>{plain_text(name)}</b>" if name == chosen else plain_text(name), name="line", showarrow=True, arrowhead=0, arrowwidth=0.7, arrowcolor="rgba(0,0,0,0)", xanchor="left", font=dict(size=12, color=family_ink(end.family)))
     span = np.log10([ticks[0], ticks[-1]])
-    fig.update_xaxes(type="log", title_text=AXES[along], tickvals=ticks, ticktext=[f"{t:,}" for t in ticks], range=[span[0] - 0.08, span[1] + 0.08])
+    fig.update_xaxes(type="log", title_text=AXES[along], tickvals=ticks, ticktext=[f"{t:,}" for t in ticks], range=[span[0] - 0.08, span[1] + 0.3 * max(span[1] - span[0], 0.5)])
     better = "less" if table.better.iloc[0] == "lower" else "more"
     return fig.update_yaxes(title_text=y_title or f"{table.task.iloc[0].replace('_', ' ')}, {table.metric.iloc[0].replace('_', ' ')} (%)  ({better} is better)", range=[low - room, high + room])
