@@ -135,13 +135,13 @@ class OwnController:
     def __init__(self, studies: Studies, jobs: Jobs, uploads: Uploads):
         self.studies, self.jobs, self.uploads = studies, jobs, uploads
         self.local = os.environ.get("GRADIO_SERVER_NAME", LOOPBACK[0]) in LOOPBACK
-        self.fields = ()  # the path's field and the upload's
+        self.fields = ()  # the path's field and those of the upload
 
     def hosted(self):
         "The page will be reached from elsewhere: an upload takes the place of the path."
         self.local = False
-        for field, visible in zip(self.fields, (False, True)):
-            field.visible = visible
+        for i, field in enumerate(self.fields):
+            field.visible = i > 0
 
     @contextmanager
     def folder_of(self, typed: str, paths): # yields (folder, what to call it)
@@ -185,7 +185,8 @@ def measuring(self: OwnController, study_key, probe_of, typed, paths, own: dict,
             yield dict(error="", running=True, note="Starting an isolated process…"), own
             for event in job.events(0.5):
                 if event["state"] not in (DONE, STOPPED, FAILED):
-                    yield dict(note=progress_text(event, "measurements")), own
+                    late = event.get("seconds_left", 1) <= 0
+                    yield dict(note=progress_text({k: v for k, v in event.items() if not late or k != "seconds_left"}, "measurements") + "; longer than in the study, so the machine is busy" * late), own
         if event["state"] == DONE:
             own = dict(study=place, key=key, path=path, rows=[*kept, *event["value"]])
             yield dict(running=False, note=f"{path}, measured for {setting_of(study.folder)}: {probe}. It stands in the figure as “{OWN}”.", done=True), own
@@ -210,8 +211,9 @@ def own_fields(controller: OwnController) -> dict: # name → component
     with gr.Accordion("Your own encoder in this figure", open=False, elem_id="own-encoder"):
         gr.HTML('<p class="essl-note">It is asked the task that is shown, with the study’s settings, and timed interleaved with the study’s attention: a minute or two. Kept for this visit.</p>')
         c["own_path"] = gr.Textbox("", label="Folder of a saved encoder", placeholder="runs/mine/encoder", max_lines=1, visible=controller.local, elem_id="own-path")
-        c["own_files"] = gr.File(file_count="multiple", type="filepath", label=f"config.json and model.safetensors, up to {controller.uploads.max_file / MB:.0f} MB each", height=120, visible=not controller.local, elem_id="own-files", buttons=[])
-        controller.fields = (c["own_path"], c["own_files"])
+        sizes = {"own_config": ("config.json", "own-config"), "own_weights": (f"model.safetensors, up to {controller.uploads.max_file / MB:.0f} MB", "own-weights")}
+        c |= {name: gr.File(type="filepath", label=label, height=100, visible=not controller.local, elem_id=where, elem_classes="essl-file", buttons=[]) for name, (label, where) in sizes.items()}
+        controller.fields = (c["own_path"], c["own_config"], c["own_weights"])
         with gr.Row(elem_classes="essl-play-row"):
             c["own_run"] = gr.Button("Measure", variant="primary", size="md", elem_id="own-run", scale=0, min_width=88)
             c["own_stop"] = gr.Button("Stop", size="md", elem_id="own-stop", scale=0, min_width=72, interactive=False)
@@ -228,15 +230,15 @@ def wire_own(controller: OwnController, c: dict, picks: list, probe_of) -> tuple
     quiet = dict(api_visibility="private", show_progress="hidden")
     said = lambda text: f'<p class="essl-note" role="status">{html.escape(text)}</p>' if text else ""
 
-    def run(request: gr.Request, study, typed, paths, own, *values):
-        wanted = dict(zip(picks, values))
+    def run(request: gr.Request, study, typed, sent_config, sent_weights, own, *values):
+        wanted, paths = dict(zip(picks, values)), [p for p in (sent_config, sent_weights) if p]
         for found, own in controller.measuring(study, lambda s: probe_of(s, wanted), typed, paths, own, request.session_hash):
             out = {c["own"]: own, c["own_note"]: said(found["note"])}
             if "error" in found:
                 out[c["own_error"]] = found["error"]
             if "running" in found:
                 out |= {c["own_run"]: gr.Button(interactive=not found["running"]), c["own_stop"]: gr.Button(interactive=found["running"]), c["own_remove"]: gr.Button(interactive=not found["running"] and bool(own.get("rows")))}
-                out |= {} if found["running"] else {c["own_files"]: None}
+                out |= {} if found["running"] else {c["own_config"]: None, c["own_weights"]: None}
             if found.get("done"):
                 out[c["chosen"]] = gr.Dropdown(choices=[(OWN, OWN)], value=OWN)
             yield out
@@ -247,8 +249,8 @@ def wire_own(controller: OwnController, c: dict, picks: list, probe_of) -> tuple
     def remove():
         return {}, "", "", gr.Button(interactive=False)
 
-    asked = [c["study"], c["own_path"], c["own_files"], c["own"], *(c[p] for p in picks)]
-    shown = [c[n] for n in ("own", "own_note", "own_error", "own_run", "own_stop", "own_remove", "own_files", "chosen")]
+    asked = [c["study"], c["own_path"], c["own_config"], c["own_weights"], c["own"], *(c[p] for p in picks)]
+    shown = [c[n] for n in ("own", "own_note", "own_error", "own_run", "own_stop", "own_remove", "own_config", "own_weights", "chosen")]
     ran = c["own_run"].click(run, asked, shown, concurrency_id="work", concurrency_limit=16, **quiet)
     c["own_stop"].click(stop, None, None, **quiet)
     removed = c["own_remove"].click(remove, None, [c["own"], c["own_note"], c["own_error"], c["own_remove"]], **quiet)

@@ -50,7 +50,7 @@ footer {display: none !important;}
 .essl-sidebar .form, .essl-answer .form, .essl-sidebar .column {gap: 12px !important; background: none !important; border: 0 !important; box-shadow: none !important;}
 .essl-layout input[role=combobox] {text-overflow: ellipsis; padding-right: 28px !important;}
 .essl-layout [data-testid=block-info] {margin-bottom: 4px; display: inline-block;}
-.essl-sidebar #own, .essl-sidebar #record, .essl-sidebar #own-files {border: 1px solid #8a8a8a !important; border-radius: 4px; padding: 4px 8px !important;}
+.essl-sidebar #own, .essl-sidebar #record, .essl-sidebar .essl-file {border: 1px solid #8a8a8a !important; border-radius: 4px; padding: 4px 8px !important;}
 .essl-sidebar [data-testid=block-label] {position: static !important; border: 0 !important; background: none !important; padding: 0 !important; color: inherit; width: 100%;}
 .tabitem {padding: 8px 0 !important; border: 0 !important;}
 button[role=tab] {color: inherit !important; font-weight: 400;}
