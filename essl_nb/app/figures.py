@@ -10,7 +10,7 @@ KEY = r"""
 E.shapes = {
   circle: 'M1 6a5 5 0 1 0 10 0a5 5 0 1 0 -10 0', square: 'M1 1H11V11H1Z', diamond: 'M6 0L12 6L6 12L0 6Z', pentagon: 'M6 .5L11.7 4.7L9.5 11.4H2.5L.3 4.7Z',
   'triangle-up': 'M6 1L12 11H0Z', 'triangle-down': 'M0 1H12L6 11Z', x: 'M1 3L3 1L6 4L9 1L11 3L8 6L11 9L9 11L6 8L3 11L1 9L4 6Z',
-  hexagon: 'M6 .5L11 3.2V8.8L6 11.5L1 8.8V3.2Z', star: 'M6 .3L7.4 4.3L11.7 4.4L8.3 7L9.5 11.1L6 8.7L2.5 11.1L3.7 7L.3 4.4L4.6 4.3Z',
+  hexagon: 'M6 .5L11 3.2V8.8L6 11.5L1 8.8V3.2Z', hourglass: 'M1 1H11L1 11H11Z', star: 'M6 .3L7.4 4.3L11.7 4.4L8.3 7L9.5 11.1L6 8.7L2.5 11.1L3.7 7L.3 4.4L4.6 4.3Z',
 };
 E.shape = f => { // nothing in here but a path of the table above and a colour of the style
   const mark = E.make('span', 'essl-shape'), colour = /^#\w+$/.test(f.colour) ? f.colour : '#777777', ink = /^#\w+$/.test(f.ink) ? f.ink : colour;
@@ -162,6 +162,11 @@ E.compare = (element, props, trigger, watch) => {
   };
 };
 E.curves = (element, props, trigger, watch) => { E.figureView('curves', element, props, watch, 'cost-against-duration.csv', true, () => E.views.compare.again()); };
+E.machines = (element, props, trigger, watch) => {
+  const view = E.figureView('machines', element, props, watch, 'ratios-by-machine.csv', false, () => trigger('again'), true);
+  view.first = () => view.div.on('plotly_click', e => { const p = e.points.find(p => p.data.meta && p.data.meta.role === 'place'); if (p) trigger('pick', {label: p.customdata}); });
+};
+E.scaling = (element, props, trigger, watch) => { E.figureView('scaling', element, props, watch, 'scores-against-steps.csv', false, () => trigger('again'), true); };
 E.health = (element, props, trigger, watch) => {
   const view = E.figureView('health', element, props, watch, 'runs.csv', false, () => trigger('again'), true);
   view.first = () => view.div.on('plotly_click', e => { const p = e.points.find(p => p.data.meta && p.data.meta.run); if (p) trigger('pick', {label: p.data.meta.run}); });

@@ -126,6 +126,13 @@ class ReadFolder:
         return folder_code(self.folder)[1]
 
     @property
+    def frame_code(self) -> str:
+        "The study's rows as a Python expression."
+        return f"load_results({self.code})"
+
+    note = ""  # what a figure's caption says besides
+
+    @property
     def imports(self) -> str:
         "An import line, or nothing."
         return folder_code(self.folder)[0]

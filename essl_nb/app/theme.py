@@ -50,12 +50,13 @@ footer {display: none !important;}
 .essl-sidebar .form, .essl-answer .form, .essl-sidebar .column {gap: 12px !important; background: none !important; border: 0 !important; box-shadow: none !important;}
 .essl-layout input[role=combobox] {text-overflow: ellipsis; padding-right: 28px !important;}
 .essl-layout [data-testid=block-info] {margin-bottom: 4px; display: inline-block;}
-.essl-sidebar #own, .essl-sidebar #record {border: 1px solid #8a8a8a !important; border-radius: 4px; padding: 4px 8px !important;}
+.essl-sidebar #own, .essl-sidebar #record, .essl-sidebar .essl-file {border: 1px solid #8a8a8a !important; border-radius: 4px; padding: 4px 8px !important;}
 .essl-sidebar [data-testid=block-label] {position: static !important; border: 0 !important; background: none !important; padding: 0 !important; color: inherit; width: 100%;}
 .tabitem {padding: 8px 0 !important; border: 0 !important;}
 button[role=tab] {color: inherit !important; font-weight: 400;}
 button[role=tab][aria-selected=true] {font-weight: 600;}
 @media (max-width: 560px) {.tab-container {gap: 0 !important;} .tab-container button {padding: 0 4px !important;}}
+#own-encoder {border: 1px solid rgba(128, 128, 128, .5) !important; border-radius: 4px; padding: 8px 12px !important; background: none !important;} #own-encoder > .label-wrap {display: flex; padding: 0;} #own-encoder .block {padding: 0;}
 .essl-note {font-size: 13px; opacity: .85; margin: 0;}
 .essl-error {border-left: 4px solid #D55E00; padding: 8px 12px; margin: 0; background: rgba(213, 94, 0, .1); overflow-wrap: anywhere;}
 :focus-visible {outline: 3px solid #0072B2 !important; outline-offset: 2px !important;}
@@ -123,7 +124,8 @@ CARD = """
 .essl-answer > * {min-width: 0 !important; width: 100%;}
 .essl-answer:has(.essl-second) {grid-template-rows: auto 1fr;}
 .essl-answer > .essl-side {grid-row: span 2;}
-.essl-second {gap: 8px !important;}
+.essl-second {gap: 8px !important;} .essl-further {border: 0 !important; border-top: 1px solid rgba(128, 128, 128, .4) !important; border-radius: 0 !important; padding: 12px 0 !important; background: none !important;} .essl-further > .label-wrap {padding: 0;} .essl-further > .label-wrap > span:first-child {font-size: 16px; font-weight: 600; text-align: left;} .essl-further .form {background: none !important; border: 0 !important; box-shadow: none !important;}
+.essl-picks-three > .form {display: grid !important; grid-template-columns: 1fr 1fr; gap: 12px !important; width: 100%; max-width: 640px;} .essl-picks-three > .form > * {min-width: 0 !important;}
 .essl-picks > .form {display: grid !important; grid-template-columns: 3fr 3fr 5fr 6fr; gap: 12px !important; width: 100%;}
 .essl-picks > .form > * {min-width: 0 !important;}
 @media (min-width: 861px) {.essl-layout input[role=combobox] {font-size: 13px !important;}}

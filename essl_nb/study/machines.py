@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN_MACHINE', 'COUNTED', 'TIMES', 'machine_name', 'setup_name', 'is_counted', 'machines_of', 'chosen_machine',
-           'comparable_cards', 'with_baselines', 'comparable_times', 'reference_text', 'made_on', 'on_one_machine']
+           'comparable_cards', 'with_baselines', 'elsewhere', 'comparable_times', 'reference_text', 'made_on',
+           'on_one_machine']
 
 # %% ../../nbs/study/02_machines.ipynb #8fae0723
 import numpy as np
@@ -99,6 +100,11 @@ def with_baselines(costs: pd.DataFrame) -> pd.DataFrame: # from `cost_table`
     return costs
 
 
+def elsewhere(costs: pd.DataFrame) -> pd.Series: # bool, one for each row
+    "Encoders whose ratios were measured on another machine; their times are not compared."
+    return costs.elsewhere.eq(True) if "elsewhere" in costs else pd.Series(False, index=costs.index)
+
+
 def comparable_times(
     costs: pd.DataFrame, # from `cost_table`: one machine
 ) -> pd.DataFrame: # the same rows
@@ -110,7 +116,7 @@ def comparable_times(
         reference = float(costs[own].median())
         for end in ("", "_low", "_high"):
             if ratio + end in costs:
-                costs[time + end] = costs[ratio + end] * reference
+                costs[time + end] = costs[ratio + end].where(~elsewhere(costs)) * reference
     return costs
 
 

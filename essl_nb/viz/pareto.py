@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..study.pareto import pareto_front
-from .style import GREY, INK, family_colour, family_ink, family_key, family_shape, plain, plain_text
+from .style import GREY, INK, OWN_SHAPE, family_colour, family_ink, family_key, family_shape, plain, plain_text
 
 # %% ../../nbs/viz/04_pareto.ipynb #78aaef89
 def staircase(
@@ -117,9 +117,11 @@ def point_trace(
         spans = dict(error_y=dict(type="data", symmetric=False, array=[row[high] - row[y]], arrayminus=[row[y] - row[low]], thickness=bar, width=size // 3, color=ink))
     if np.isfinite(row.get(x + "_low", np.nan)) and np.isfinite(row.get(x + "_high", np.nan)):
         spans |= dict(error_x=dict(type="data", symmetric=False, array=[max(row[x + "_high"] - row[x], 0)], arrayminus=[max(row[x] - row[x + "_low"], 0)], thickness=bar, width=0, color=ink))
+    own = row.get("own") is True or row.get("own") is np.True_
+    size, shape, ink = (size + 4, OWN_SHAPE, INK) if own else (size, family_shape(row["family"]), ink)
     return go.Scatter(
         x=[row[x]], y=[row[y]], mode="markers", opacity=0.25 if faded else 1.0, name=row["label"], showlegend=False,
-        marker=dict(color=colour, symbol=family_shape(row["family"]), size=size + 4 if chosen else size, line=dict(width=2.5 if chosen else 0 if ink == colour else 1, color="#222" if chosen else ink)),
+        marker=dict(color=colour, symbol=shape, size=size + 4 if chosen else size, line=dict(width=2.5 if chosen else 0 if ink == colour else 1, color="#222" if chosen else ink)),
         customdata=[row["label"]], hovertext=[plain_text(row["label"])], hovertemplate=hover, cliponaxis=False, meta=dict(role="point", chosen=chosen, must=must, faded=faded), **spans,
     )
 
@@ -215,7 +217,7 @@ def pareto_figure(
     fig.update_xaxes(title_text=f"{x_title}  (less is better)", **ticks)
     better = "less" if lower_is_better else "more"
     fig.update_yaxes(title_text=f"{y_title}  ({better} is better)", range=list(yr))
-    baseline_shapes(family_key(fig, known["family"]), baselines, yr).update_layout(hovermode="closest")
+    baseline_shapes(family_key(fig, known["family"], own="own" in known and bool(known["own"].any())), baselines, yr).update_layout(hovermode="closest")
     fig.update_layout(title=dict(y=1, yanchor="top", yref="container", pad=dict(l=12, t=18)))  # above the key
     if band is not None:
         fig.add_hrect(y0=min(band), y1=max(band), fillcolor=GREY, opacity=0.14, line_width=0, layer="below", name="band")

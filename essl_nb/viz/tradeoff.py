@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 from ..core.registry import EsslError, nearest
 from ..study.machines import TIMES, comparable_times, is_counted, reference_text, with_baselines
 from ..study.pareto import within_budget
-from ..study.results import cost_table, draws_of, load_results, score_table, scores_of, tied_with_best, usual_references
+from ..study.results import OWN, cost_table, draws_of, load_results, score_table, scores_of, tied_with_best, usual_references
 from .pareto import pareto_figure
 from .style import plain_text
 
@@ -145,6 +145,8 @@ def tradeoff(
     ties = tied_with_best({who: d for who, d in (draws_of(same) if draws is None else draws).items() if who in kept}, lower)
     tied = {(t.encoder, t.objective) for t in ties[ties.tied.astype(bool)].itertuples()}
     points = points.assign(tied=[(p.encoder, p.objective) in tied for p in points.itertuples()])
+    if OWN in set(points.encoder):
+        points = points.assign(own=points.encoder == OWN)
     base = of(scores, "baseline")
     card = ("deployment" if cost.startswith("deployment") else "training") + "_setup"
     setups = costs[card].dropna().tolist() if card in costs else []
@@ -199,6 +201,7 @@ def draw_tradeoff(t: Tradeoff, cost: str, task: str, metric: str, *, keep=(), se
     name, unit, _ = COSTS[cost]
     tie = best_first(t)
     band = (tie.value.min(), tie.value.max()) if len(tie) > 1 else None
+    keep = [*keep, *t.points[t.points.encoder == OWN].label]
     return pareto_figure(t.points, "cost", "value", seeds=seeds, untrained=untrained, baselines=t.baselines, lower_is_better=t.lower, log_x=log_x, keep=keep, band=band,
                          x_title=f"{name}, {unit}", y_title=f"{plain_text(task)}, {metric_name(metric)}", within=t.points.within.tolist(), chosen=chosen, title=plain_text(title))
 

@@ -9,12 +9,12 @@ from essl_nb.core.places import study_dir
 
 
 @contextmanager
-def quiet_page(uploads, width: int = 390, **more): # more: of the page
-    "The shipped study on a page that must stay on this machine and leave the console silent; skips where there is no browser."
+def quiet_page(uploads, width: int = 390, study=None, corpus="bundled", **more): # more: of the page
+    "A study, the shipped one if none is given, on a page that must stay on this machine and leave the console silent; skips where there is no browser."
     if chromium() is None:
         pytest.skip(NO_BROWSER)
     sync = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    process, address = start(uploads, study_dir("small"), "bundled")
+    process, address = start(uploads, study or study_dir("small"), corpus)
     try:
         with sync.sync_playwright() as p:
             page = p.chromium.launch(executable_path=chromium(), args=FLAGS).new_context(viewport=dict(width=width, height=800), **more).new_page()
