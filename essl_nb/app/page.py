@@ -13,6 +13,7 @@ from pathlib import Path
 import plotly
 
 from .figures import FIGURES
+from .links import LINKS
 
 # %% ../../nbs/app/02_page.ipynb #ed884457
 TOOLS = r"""
@@ -25,10 +26,17 @@ E.make = (tag, cls, text, more) => {
 };
 E.bytes = s => Uint8Array.from(atob(s), c => c.charCodeAt(0));
 E.floats = s => new Float32Array(E.bytes(s).buffer);
-E.save = (name, text) => {
-  const a = E.make('a', '', '', {href: URL.createObjectURL(new Blob([text], {type: 'text/csv'})), download: name});
+E.save = (name, text) => E.saveAs(name, text, 'text/csv');
+E.saveAs = (name, text, type) => {
+  const a = E.make('a', '', '', {href: URL.createObjectURL(new Blob([text], {type})), download: name});
   document.body.append(a); a.click(); a.remove();
   setTimeout(() => URL.revokeObjectURL(a.href), 1000);
+};
+E.print = text => {
+  const old = document.querySelector('.essl-print'), frame = E.make('iframe', 'essl-print', '', {title: 'Page to print', srcdoc: text});
+  if (old) old.remove();
+  frame.onload = () => { frame.contentWindow.focus(); frame.contentWindow.print(); };
+  document.body.append(frame);
 };
 E.dark = () => document.body.classList.contains('dark');
 E.toggle = () => { document.body.classList.toggle('dark'); };
@@ -347,7 +355,7 @@ document.addEventListener('click', e => { const b = e.target.closest && e.target
 
 # %% ../../nbs/app/02_page.ipynb #dc28e2e2
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-SCRIPT = "(() => {" + TOOLS + LARGE + DRAW + FIGURES + PANEL + HIGHLIGHT + FRAME + LISTEN + LIVE + ADDED + "})();"
+SCRIPT = "(() => {" + TOOLS + LINKS + LARGE + DRAW + FIGURES + PANEL + HIGHLIGHT + FRAME + LISTEN + LIVE + ADDED + "})();"
 
 
 def head() -> str: # HTML for the page's head

@@ -49,17 +49,6 @@ E.plots = (name, element, props, trigger, watch, file) => {
   if (!props.value && view.root.offsetParent) E.watch(view);
   return view;
 };
-E.saveAs = (name, text, type) => {
-  const a = E.make('a', '', '', {href: URL.createObjectURL(new Blob([text], {type})), download: name});
-  document.body.append(a); a.click(); a.remove();
-  setTimeout(() => URL.revokeObjectURL(a.href), 1000);
-};
-E.print = text => {
-  const old = document.querySelector('.essl-print'), frame = E.make('iframe', 'essl-print', '', {title: 'Page to print', srcdoc: text});
-  if (old) old.remove();
-  frame.onload = () => { frame.contentWindow.focus(); frame.contentWindow.print(); };
-  document.body.append(frame);
-};
 """
 
 # %% ../../nbs/app/03_plots.ipynb #547805a2

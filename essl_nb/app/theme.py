@@ -140,6 +140,10 @@ WORK = """
 .essl-five > .form > * {min-width: 0 !important;}
 .essl-five > .form > :nth-child(5) {grid-column: span 2;}
 .essl-warning {border-left: 4px solid #E69F00; padding: 4px 8px; margin-top: 8px;}
+.essl-choice {border-left: 4px solid #009E73; padding: 4px 12px; margin: 0 0 12px; max-width: 96ch;} .essl-choice.none {border-color: #E69F00;}
+.essl-choice p {margin: 0 0 6px !important; font-size: 14px; line-height: 1.45;} .essl-choice p:first-child {font-weight: 600; font-size: 15px;} .essl-choice .essl-note {font-size: 13px; margin: 0 !important;}
+.essl-presets {gap: 6px !important; flex-wrap: wrap !important;} .essl-presets button {font-size: 13px !important; padding: 2px 8px !important; min-height: 28px; border: 1px solid #8a8a8a !important; background: none !important; font-weight: 400 !important;}
+.essl-field {gap: 4px !important;} .essl-field [id^=error-]:not(:has(p)) {display: none !important;} .essl-budget {gap: 8px 12px !important;} .essl-field textarea, .essl-field input:not([role=combobox]) {padding: 6px 8px !important;} .essl-field .essl-error {font-size: 13px; padding: 4px 8px;}
 .essl-row {align-items: flex-start;}
 .essl-row > * {flex: 0 1 auto !important; min-width: 0 !important; width: auto !important;}
 .essl-cell {display: block; width: 100%; max-width: 900px; height: 104px; margin: 4px 0;}

@@ -200,7 +200,7 @@ def in_form(row, limits: dict) -> str:
 
 def points(value: float, low: float, high: float) -> str:
     "A difference of scores with its interval."
-    return f"{100 * value:.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * value:.1f} points [{100 * low:.1f}, {100 * high:.1f}]".replace("-", "−")
 
 
 def stored(column: str, row) -> str: # with a blank before it, or nothing
