@@ -23,7 +23,7 @@ from .links import TAKE_LINK, link_to, read_link
 from .listen import error_html
 from .page import message, starter
 from .library import Studies, StudyFile, plain_words
-from .picker import BUDGETS, FIELDS, answer_update, budget_of, field_errors, label_part, label_value, limits_of, picker_part, wire_picker
+from .picker import BUDGETS, FIELDS, answer_update, budget_of, field_errors, field_of, label_part, label_value, limits_of, picker_part, wire_picker
 from ..core.registry import EsslError
 from ..study.choice import FORMS
 from ..study.machines import comparable_times
@@ -247,15 +247,16 @@ def study_updates(studies: Studies, curves: CurvesFile, v: dict, fresh: bool) ->
     cost, chosen = v["cost"] if v["cost"] in measured else measured[0], v["chosen"] if v["chosen"] in set(encoders) else None
     untrained = encoders.nunique() <= MANY if fresh else v["untrained"]
     choices, picked, same = narrow(with_options(scores), v)
+    limits, unread = limits_of(budget)
     key = next((k for k, s in studies.files.items() if s is study), None)
-    link = link_to("compare", v | picked | dict(study=key, machine=machine if len(machines) > 1 else None, cost=cost, untrained=untrained, chosen=chosen) | {"link": None}) if key else ""
+    link = link_to("compare", v | picked | dict(study=key, machine=machine if len(machines) > 1 else None, cost=cost, untrained=untrained, chosen=chosen, link=None) | {"budget_" + field_of(c): "" for c in unread}) if key else ""
     value, t = compare_message(study, v, cost, v["log"], budget, chosen, untrained, machine, link)
     here = t.points[t.points.encoder == chosen]
     now = f"Here: {here.value.iloc[0]:.1f} [{here.low.iloc[0]:.1f}, {here.high.iloc[0]:.1f}] %, {plain_words(picked['task'])}, {metric_name(picked['metric'])[:-4]}" if len(here) else ""
     lists = {p: gr.Dropdown(choices=[(plain_words(c), c) for c in choices[p]], value=picked[p]) for p in PICKS}
     lists |= dict(cost=gr.Dropdown(choices=cost_choices(measured), value=cost), chosen=gr.Dropdown(choices=list(zip(t.points.label, t.points.encoder)), value=chosen))
     lists |= dict(machine=gr.Dropdown(choices=[(f"{m} ({n} encoders)", m) for m, n in machines.items()], value=machine, visible=len(machines) > 1))
-    lists |= dict(answer=answer_update(study, same, picked["metric"], limits_of(budget)[0], machine), label=label_value(study, chosen, same, picked["metric"], machine))
+    lists |= dict(answer=answer_update(study, same, picked["metric"], limits, machine), label=label_value(study, chosen, same, picked["metric"], machine))
     return lists | dict(view=value, untrained=untrained, listen=gr.Button(interactive=bool(chosen)), card=card_html(study, chosen, curves, now, machine))
 
 # %% ../../nbs/app/13_compare.ipynb #b3d9576a

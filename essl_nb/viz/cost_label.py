@@ -9,6 +9,7 @@ __all__ = ['UNMEASURED', 'NBSP', 'WIDTH', 'MARGIN', 'LETTER', 'BOLD', 'FOOT', 'f
 # %% ../../nbs/viz/15_cost_label.ipynb #2cdfe0f2
 import math
 import textwrap
+from numbers import Real
 
 import pandas as pd
 
@@ -25,7 +26,7 @@ UNMEASURED, NBSP = "not measured", "\u00a0"  # the latter keeps a form and its s
 def figure_in(row: pd.Series, column: str, factor: float, unit: str) -> str:
     "A cost with its unit, or that it was not measured."
     value = row.get(column, math.nan)
-    return f"{value * factor:.3g}{unit}" if isinstance(value, (int, float)) and math.isfinite(value) else UNMEASURED
+    return f"{value * factor:.3g}{unit}" if isinstance(value, Real) and math.isfinite(value) else UNMEASURED
 
 
 def quartiles(row: pd.Series, column: str, factor: float, unit: str) -> str:
@@ -36,7 +37,7 @@ def quartiles(row: pd.Series, column: str, factor: float, unit: str) -> str:
 
 def streaming_line(row: pd.Series) -> tuple: # (name, value, note)
     "Chunk and look-ahead of a stream, and the state it keeps."
-    if row.get("streaming_streams") is False or row.get("streaming_streams") == 0:
+    if row.get("streaming_streams") in (0, False):
         return "Streaming", "does not stream", "its look-ahead has no bound"
     chunk, ahead, state = (row.get(f"streaming_{c}", math.nan) for c in ("chunk_ms", "latency_ms", "state_bytes"))
     if not math.isfinite(ahead):
