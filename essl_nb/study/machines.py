@@ -33,7 +33,7 @@ def setup_name(card: dict) -> str: # "1 thread, fp32, 10 s of audio"
     return ", ".join(str(p) for p in parts if p)
 
 # %% ../../nbs/study/02_machines.ipynb #77cf5a88
-COUNTED = ("parameters", "baseline_parameters", "disk", "state_bytes", "macs", "baseline_macs", "reference_seconds", "threads")
+COUNTED = ("parameters", "baseline_parameters", "disk", "state_bytes", "macs", "baseline_macs", "reference_seconds", "threads", "latency_ms", "chunk_ms", "streams")
 
 
 def is_counted(column: str) -> bool: # a column of a card, without the card's name
