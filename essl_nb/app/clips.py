@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RATE', 'UNKNOWN', 'LONGEST', 'MB', 'Sound', 'sound_key', 'clip_label', 'clip_choices', 'voice_choices',
-           'corpus_sound', 'header_seconds', 'uploaded_sound', 'size_of', 'LRUCache', 'Session', 'Sessions']
+           'corpus_sound', 'header_seconds', 'uploaded_sound', 'size_of', 'LRUCache', 'Line', 'Session', 'Sessions']
 
 # %% ../../nbs/app/06_clips.ipynb #062210e2
 import hashlib
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,27 @@ class LRUCache:
             with self.lock:
                 del self.pending[id(store), key]
             done.set()
+
+# %% ../../nbs/app/06_clips.ipynb #93a8708b
+class Line:
+    "At most so many at once; the others wait in the order in which they came."
+
+    def __init__(self, places: int = 2, patience: float = 5.0): # patience: seconds after which one that does not ask any more has left
+        self.places, self.patience, self.asked, self.lock = places, patience, {}, Lock()
+
+    def position(self, key) -> int: # 0: it may run; 1: the next
+        "Enter the line, or stay in it."
+        with self.lock:
+            now = time.monotonic()
+            for gone in [k for k, when in self.asked.items() if now - when > self.patience and k != key]:
+                del self.asked[gone]
+            self.asked[key] = now
+            return max(0, list(self.asked).index(key) + 1 - self.places)
+
+    def leave(self, key):
+        "Give up the place."
+        with self.lock:
+            self.asked.pop(key, None)
 
 # %% ../../nbs/app/06_clips.ipynb #9e4b4fa9
 @dataclass

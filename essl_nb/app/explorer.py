@@ -50,7 +50,7 @@ def some_statistics(corpus, clips: int = 24) -> tuple: # (mean, std), each (80,)
 
 # %% ../../nbs/app/24_explorer.ipynb #5b16b38d
 UPLOAD = "25mb"  # the largest file that is accepted; `Uploads` limits their sum
-QUEUE = 24  # requests that wait at once
+QUEUE = 100  # requests that wait at once
 IDLE = 0.01  # s between looks for new work
 KEPT = (600, 3600)  # every so many seconds, files older than so many seconds are removed
 LAUNCH = dict(server_name="127.0.0.1", share=False, quiet=True, footer_links=[], max_file_size=UPLOAD, enable_monitoring=False, ssr_mode=False,

@@ -9,6 +9,7 @@ __all__ = ['WINDOW', 'QUICK', 'MEANINGS', 'LIMITS', 'SPLITS', 'CORPUS', 'OWN', '
            'clip_update', 'listen_tab', 'wire_listen']
 
 # %% ../../nbs/app/12_listen.ipynb #11a9230f
+import asyncio
 import base64
 import io
 import json
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import soundfile
 
-from .clips import MB, RATE, UNKNOWN, LRUCache, Sessions, Sound, clip_choices, corpus_sound, uploaded_sound, voice_choices
+from .clips import MB, RATE, UNKNOWN, Line, LRUCache, Sessions, Sound, clip_choices, corpus_sound, uploaded_sound, voice_choices
 from .page import LISTEN_HTML, message, starter
 from .library import EncoderLibrary
 from .uploads import Uploads
@@ -164,7 +165,7 @@ class ListenController:
         uploads: Uploads, # files on disk
     ):
         self.read_corpus, self.library, self.sessions, self.uploads = corpus, library, sessions, uploads
-        self.maps, self.panels = LRUCache(96, 96 * MB), LRUCache(256, 192 * MB)
+        self.maps, self.panels, self.line = LRUCache(96, 96 * MB), LRUCache(256, 192 * MB), Line(patience=60.0)
 
     @property
     def corpus(self):
@@ -248,6 +249,35 @@ class ListenController:
             if not coarse:
                 return
 
+# %% ../../nbs/app/12_listen.ipynb #35397b63
+from fastcore.basics import patch
+
+
+@patch
+def is_known(self: ListenController, source, clip, first, second, layer, kind, scale, start) -> bool:
+    "Whether the answer is in the cache."
+    sound = None if source == OWN or not clip else self.sound(source, clip, "")
+    if sound is None:
+        return False
+    start = min(float(start or 0), max(0.0, sound.seconds - 1)) if sound.seconds > WINDOW else 0.0
+    keys = [("panel", sound.key, *Selection(sound, start, key, int(layer), kind, scale)[1:], 1) for key in (first, second) if key]
+    return all(any((*key, repeats) in self.panels.shared for repeats in (False, True)) for key in keys)
+
+
+@patch
+async def drawn(self: ListenController, *asked): # arguments as of `draw`; yields its values, and notes while it waits
+    "`draw` behind the line. Raises EsslError as `draw` does."
+    key, values = object(), iter(self.draw(*asked))
+    try:
+        known = await asyncio.to_thread(self.is_known, *asked[:8])
+        while not known and (place := self.line.position(key)):
+            yield unchanged(f"Maps of other visitors are computed first; yours is {'the next' if place == 1 else f'number {place} in the line'}.")
+            await asyncio.sleep(0.25)
+        while (value := await asyncio.to_thread(next, values, None)) is not None:
+            yield value
+    finally:
+        self.line.leave(key)
+
 # %% ../../nbs/app/12_listen.ipynb #e0b3f767
 def error_html(text: str) -> str: # HTML
     "An error message, shown next to the input that caused it."
@@ -328,10 +358,10 @@ def listen_tab(controller: ListenController) -> dict: # name -> component, "view
     quiet = dict(api_visibility="private", show_progress="hidden")
     busy = "(...a) => { if (window.essl) { essl.busy('listen', 'Computing the map…'); a[8] = essl.shown('listen'); } return a; }"
 
-    def draw(source, clip, first, second, layer, kind, scale, start, shown, request: gr.Request):
+    async def draw(source, clip, first, second, layer, kind, scale, start, shown, request: gr.Request):
         try:
             drawn = False
-            for value in controller.draw(source, clip, first, second, layer, kind, scale, start, request.session_hash, shown or ""):
+            async for value in controller.drawn(source, clip, first, second, layer, kind, scale, start, request.session_hash, shown or ""):
                 drawn = True
                 yield value, ""
             if not drawn:
@@ -346,7 +376,7 @@ def listen_tab(controller: ListenController) -> dict: # name -> component, "view
 
     def after(event): # an event, or the trigger of one
         event = getattr(event, "then", event)
-        event(draw, asked, [c["view"], c["error"]], js=busy, concurrency_id="maps", concurrency_limit=2, trigger_mode="always_last", **quiet)
+        event(draw, asked, [c["view"], c["error"]], js=busy, concurrency_id="maps", concurrency_limit=64, trigger_mode="always_last", **quiet)
 
     c["draw"], c["after"] = draw, after
     return wire_listen(controller, c, asked, quiet, after)

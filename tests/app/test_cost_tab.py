@@ -175,7 +175,7 @@ def test_in_the_browser(tmp_path_factory):
         page.wait_for_selector("#cost-view .essl-view[data-shown]")
         page.wait_for_selector("#cost-view .essl-plotted:nth-child(2) .main-svg")
         assert page.evaluate("() => document.documentElement.scrollWidth") == 390
-        page.click("#cost-sidebar > .label-wrap")
+        page.click("#cost-sidebar > .label-wrap[data-folded]")
         page.fill("#cost-a-width input", "wide")
         page.click("#cost-measure")
         page.wait_for_selector("#cost-error .essl-error:has-text('The width wide was given')")

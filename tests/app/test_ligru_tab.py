@@ -164,7 +164,7 @@ def test_in_the_browser(tmp_path_factory):
         page.keyboard.press("ArrowRight")
         after = page.inner_text("#gates-view .essl-readout")
         assert before != after and "of the state" in after and page.evaluate("() => essl.views.gates.line.getBoundingClientRect().height") > 100
-        page.click("#gru-sidebar > .label-wrap")
+        page.click("#gru-sidebar > .label-wrap[data-folded]")
         page.click("#gru-layer label:has-text('2')")
         page.wait_for_selector("#gates-view .essl-caption:has-text('layer 2')")
         page.fill("#gru-units input", "none")

@@ -224,7 +224,7 @@ def test_in_the_browser(made, tmp_path_factory):
     with quiet_page(tmp_path_factory.mktemp("uploads"), study=made / "study", corpus=made / "sound") as page:
         page.click("button[role=tab]:has-text('Compare')")
         page.wait_for_selector("#compare-view .essl-view[data-shown]")
-        page.click("#compare-sidebar > .label-wrap")
+        page.click("#compare-sidebar > .label-wrap[data-folded]")
         page.click("#own-encoder > .label-wrap")
         page.fill("#own-path input", str(made / "nowhere"))
         page.click("#own-run")
