@@ -245,7 +245,7 @@ def connect_study(tabs, runs, study: dict, compare: dict): # runs: a StudyContro
     quiet = dict(api_visibility="private", show_progress="hidden")
     compare["reopen"](study["compare"].click(open_in_compare, None, [tabs, compare["study"], study["progress"]], **quiet))
 
-# %% ../../nbs/app/24_explorer.ipynb #a060b772
+# %% ../../nbs/app/24_explorer.ipynb #2116dde0
 def essl_explore(
     port: int = 7860, # port on this machine; where it is taken, the next free one; 0: any free one
     corpus: str = "bundled", # the bundled corpus, or a folder of sound files

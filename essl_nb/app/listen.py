@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['WINDOW', 'QUICK', 'MEANINGS', 'LIMITS', 'SPLITS', 'CORPUS', 'OWN', 'Selection', 'cached_map', 'caption', 'code',
            'import_lines', 'other_lines', 'floats', 'wave_file', 'panel', 'transcript', 'listen_message', 'key_of',
-           'ListenController', 'error_html', 'listen_sidebar', 'encoder_choices', 'unchanged', 'start_slider',
-           'clip_update', 'listen_tab', 'wire_listen']
+           'ListenController', 'give_back', 'error_html', 'listen_sidebar', 'encoder_choices', 'unchanged',
+           'start_slider', 'clip_update', 'listen_tab', 'wire_listen']
 
 # %% ../../nbs/app/12_listen.ipynb #11a9230f
 import asyncio
 import base64
+import ctypes
 import io
 import json
 import math
@@ -264,6 +265,14 @@ def is_known(self: ListenController, source, clip, first, second, layer, kind, s
     return all(any((*key, repeats) in self.panels.shared for repeats in (False, True)) for key in keys)
 
 
+def give_back() -> bool: # whether this system can
+    "Return freed memory of all arenas to the system."
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return False
+
+
 @patch
 async def drawn(self: ListenController, *asked): # arguments as of `draw`; yields its values, and notes while it waits
     "`draw` behind the line. Raises EsslError as `draw` does."
@@ -275,6 +284,8 @@ async def drawn(self: ListenController, *asked): # arguments as of `draw`; yield
             await asyncio.sleep(0.25)
         while (value := await asyncio.to_thread(next, values, None)) is not None:
             yield value
+        if not known:
+            await asyncio.to_thread(give_back)
     finally:
         self.line.leave(key)
 
