@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['WINDOW', 'QUICK', 'MEANINGS', 'LIMITS', 'SPLITS', 'CORPUS', 'OWN', 'Selection', 'cached_map', 'caption', 'code',
            'import_lines', 'other_lines', 'floats', 'wave_file', 'panel', 'transcript', 'listen_message', 'key_of',
-           'ListenController', 'give_back', 'error_html', 'listen_sidebar', 'encoder_choices', 'unchanged',
-           'start_slider', 'clip_update', 'listen_tab', 'wire_listen']
+           'ListenController', 'error_html', 'listen_sidebar', 'encoder_choices', 'unchanged', 'start_slider',
+           'clip_update', 'listen_tab', 'wire_listen']
 
 # %% ../../nbs/app/12_listen.ipynb #11a9230f
 import asyncio
 import base64
-import ctypes
 import io
 import json
 import math
@@ -25,6 +24,7 @@ from .clips import MB, RATE, UNKNOWN, Line, LRUCache, Sessions, Sound, clip_choi
 from .page import LISTEN_HTML, message, starter
 from .library import EncoderLibrary
 from .uploads import Uploads
+from ..core.memory import give_back
 from ..core.registry import EsslError
 from ..mixers.base import family_of
 from ..viz.mixing import INFLUENCE, SCALES, MixingMap, finding, influence_map, map_kinds, mixing_figure
@@ -263,14 +263,6 @@ def is_known(self: ListenController, source, clip, first, second, layer, kind, s
     start = min(float(start or 0), max(0.0, sound.seconds - 1)) if sound.seconds > WINDOW else 0.0
     keys = [("panel", sound.key, *Selection(sound, start, key, int(layer), kind, scale)[1:], 1) for key in (first, second) if key]
     return all(any((*key, repeats) in self.panels.shared for repeats in (False, True)) for key in keys)
-
-
-def give_back() -> bool: # whether this system can
-    "Return freed memory of all arenas to the system."
-    try:
-        return bool(ctypes.CDLL(None).malloc_trim(0))
-    except (AttributeError, OSError, TypeError):  # no glibc
-        return False
 
 
 @patch
