@@ -161,7 +161,7 @@ def card_html(study: StudyFile, encoder: str | None, curves: CurvesFile, now: st
     where = f"Measured on {where}" if isinstance(where, str) else f"Not measured on {machine}" if machine else ""
     training = [c for c in COSTS if c.startswith(("training", "pretrain"))]
     first = mine.iloc[0]
-    about = f"{plain_words(first.mixer)}, family: {family_name(first.family)}; {int(mine.seeds.max())} seeds"
+    about = f"{plain_words(first.mixer)}, family: {family_name(first.family)}; {int(mine.seeds.max())} seed{'s' * (mine.seeds.max() > 1)}"
     return (f'<div class="essl-card"><h3>{html.escape(encoder)}</h3><p class="essl-note">{html.escape(about)}</p><p class="essl-note">{html.escape(now)}</p><p class="essl-note">{html.escape(where)}</p>'
             + table_html("In use", lines([c for c in COSTS if c not in training])) + table_html("In training", lines(training))
             + curves_table(curves, first.mixer)
