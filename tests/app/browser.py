@@ -1,4 +1,6 @@
 """A page of the explorer in a browser, for tests of single tabs."""
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -30,3 +32,9 @@ def quiet_page(uploads, width: int = 390, study=None, corpus="bundled", **more):
     finally:
         process.terminate()
         process.wait(60)
+
+
+def awaited(coroutine): # what it returns
+    "Run a coroutine in a thread of its own: a page that is open in this one keeps an event loop running here."
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import soundfile
+from browser import awaited
 from madeup import make_study
 
 from essl_nb.app.clips import Sessions
@@ -39,7 +40,7 @@ async def all_of(control, i: int) -> list: # messages
 
 
 def test_the_third_is_told_and_the_known_waits_for_nobody(controller):
-    known = asyncio.run(all_of(controller, 4))
+    known = awaited(all_of(controller, 4))
     assert known[-1]["panels"] and controller.is_known(*asked(controller, 4)[:8]) and not controller.is_known(*asked(controller, 0)[:8])
     go_on, computing, whole = threading.Event(), [], controller.draw
 
@@ -62,7 +63,7 @@ def test_the_third_is_told_and_the_known_waits_for_nobody(controller):
         go_on.set()
         return await asyncio.gather(*tasks)
 
-    answers, first = asyncio.run(many()), computing[:2]
+    answers, first = awaited(many()), computing[:2]
     notes = [[m["note"] for m in told if m.get("keep")] for told in answers]
     assert all(told[-1]["panels"] for told in answers)
     assert [bool(n) for n in notes] == [c not in first for c in controller.clips[:4]], "who waits is told"
@@ -77,7 +78,7 @@ def test_who_leaves_makes_room(controller):
         assert len(controller.line.asked) == 1
         await values.aclose()
 
-    asyncio.run(leaving())
+    awaited(leaving())
     assert not controller.line.asked
 
 
@@ -87,5 +88,5 @@ def test_an_error_leaves_the_line(controller):
             pass
 
     with pytest.raises(EsslError, match="no such clip"):
-        asyncio.run(wrong())
+        awaited(wrong())
     assert not controller.line.asked

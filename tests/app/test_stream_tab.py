@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 import pytest
 import soundfile
 import torch
+from browser import awaited
 from madeup import make_study
 from test_access import start
 from test_app import FLAGS, NO_BROWSER, PATIENCE, chromium
@@ -183,7 +184,7 @@ def told(generator) -> list: # dicts
     "All messages of an asynchronous generator."
     async def collect():
         return [json.loads(value) async for value in generator]
-    return asyncio.run(collect())
+    return awaited(collect())
 
 
 def test_half_then_all_of_a_clip(controller):
@@ -230,7 +231,7 @@ def test_what_cannot_be_played_is_said_in_a_sentence(controller, source, clip, k
     for ask in (control.half_played, control.play):
         async def all_of(make):
             return [x async for x in guarded(make)[0](source, clip, key, "160 ms", None, "a")]
-        (value, error), = asyncio.run(all_of(ask))[-1:]
+        (value, error), = awaited(all_of(ask))[-1:]
         assert words in error and error.count('role="alert"') == 1 and json.loads(value)["dim"] and "failed" not in error
 
 
@@ -248,7 +249,7 @@ def test_two_run_the_third_is_told_and_who_leaves_makes_room(controller):
         control.live.leave("a")  # in the middle
         return await asyncio.gather(*tasks)
 
-    a, b, c = asyncio.run(three())
+    a, b, c = awaited(three())
     assert "Two streams are running already" in c[0]["note"] and "the next" in c[0]["note"] and c[-1]["figure"] and c[-1]["about"].startswith("mine")
     assert sum(bool(d.get("tick")) for d in a) < 12 < sum(bool(d.get("tick")) for d in b) and not control.live.line.asked
     assert "a" not in control.live.runs
