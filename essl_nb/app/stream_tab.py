@@ -392,7 +392,7 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
 
     async def on_taken(source, clip, key, ahead, part, request: gr.Request):  # a file that was refused keeps its error
         if controller.live.sessions.get(request.session_hash).sound is not None:
-            async for shown in half(source, clip, key, ahead, part, request.session_hash):
+            async for shown, _ in half(source, clip, key, ahead, part, request.session_hash):
                 yield shown
 
     def on_select(shown):
@@ -415,7 +415,7 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     for name in ("key", "ahead"):
         c[name].input(on_costs, [c["key"], c["ahead"]], c["costs"], **quiet)
     c["source"].input(on_source, c["source"], [c["corpus_box"], c["own_box"]], **quiet)
-    c["own"].change(on_upload, c["own"], c["error"], **quiet).success(on_taken, asked, drawn, **draw)
+    c["own"].change(on_upload, c["own"], c["error"], **quiet).success(on_taken, asked, c["view"], **draw)
     c["play"].click(on_play, asked, drawn, js=busy("Waiting for the first chunk…"), trigger_mode="multiple", **draw)
     c["view"].again(on_half, asked, drawn, **draw)
     c["stop"].click(on_stop, None, None, **quiet)

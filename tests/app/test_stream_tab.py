@@ -358,6 +358,8 @@ def test_in_a_browser(page, tmp_path):
     soundfile.write(tmp_path / "short.wav", chirp(0.05), 16000)
     page.set_input_files("#stream-own input[type=file]", tmp_path / "short.wav")
     page.wait_for_selector("#stream-error .essl-error:has-text('0.05 s')")
+    page.wait_for_timeout(1000)
+    assert "0.05 s" in page.inner_text("#stream-error"), "it stays"
     page.click("#stream-mic button:has-text('Record')")
     page.wait_for_selector("#live-view .essl-about:has-text('microphone')")
     page.wait_for_timeout(1500)
