@@ -12,7 +12,6 @@ import html
 import json
 import math
 import time
-import traceback
 from functools import partial
 
 import pandas as pd
@@ -22,7 +21,7 @@ from .figures import COMPARE_HTML
 from .further import further_part, wire_further
 from .links import TAKE_LINK, link_to, read_link
 from .listen import error_html
-from .page import message, starter
+from .page import error_words, message, starter
 from .library import Studies, StudyFile, plain_words
 from .own_point import OwnController, joined, own_fields, wire_own
 from .picker import BUDGETS, FIELDS, answer_update, budget_of, field_errors, field_of, label_part, label_value, limits_of, picker_part, wire_picker
@@ -233,11 +232,8 @@ def compare_updates(studies: Studies, curves: CurvesFile, v: dict, fresh: bool) 
         known = studies.choices(v["study"]) if fresh else []
         lists |= dict(study=gr.Dropdown(choices=known, value=v["study"] if v["study"] in [k for _, k in known] else next((k for _, k in known), None))) if fresh else {}
         return lists | wrong | study_updates(studies, curves, v, fresh and not linked)
-    except EsslError as e:
-        failure = str(e)
-    except Exception as e:  # a file of somebody's may hold anything: the page goes on, and the log has the rest
-        traceback.print_exc()
-        failure = f"The explorer itself failed: {type(e).__name__}: {e}. Choose another study; the page still works."
+    except Exception as e:  # a file of somebody's may hold anything
+        failure = error_words(e, "Choose another study")
     return lists | dict(view=message(dict(finding=failure, caption="", code="", note="", stamp=time.time_ns())), card="", answer="", label="", error=error_html(told))
 
 

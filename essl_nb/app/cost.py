@@ -11,7 +11,6 @@ __all__ = ['FIELDS', 'SCALES', 'STORED', 'HERE', 'WIDTH', 'KEPT', 'KEEP', 'CARD_
 import html
 import json
 import time
-import traceback
 
 import pandas as pd
 
@@ -19,7 +18,7 @@ from .cards import CardsFile, cards_document, cards_html
 from .curves import CurvesFile
 from .library import Studies
 from .listen import error_html
-from .page import message
+from .page import error_words, message
 from .plots import plots_html, plots_starter
 from .work import DONE, FAILED, STOPPED, Jobs, progress_text
 from ..core.machine import machine_name, machine_record
@@ -297,9 +296,8 @@ def wire_cost(controller: CostController, tab, c: dict) -> dict: # the component
         v = form(values)
         try:
             return {c["view"]: controller.view(v, measured), c["error"]: ""} | cards(v, measured)
-        except Exception as e:  # the page goes on, and the log has the rest
-            traceback.print_exc()
-            return {c["error"]: error_html(f"The explorer itself failed: {type(e).__name__}: {e}. Choose something else; the page still works."), c["view"]: KEEP("")}
+        except Exception as e:
+            return {c["error"]: error_html(error_words(e)), c["view"]: KEEP("")}
 
     def fill(filled, *values):
         if filled:

@@ -10,12 +10,11 @@ __all__ = ['CURVE_PICKS', 'POINT', 'FIRST_QUANTITY', 'CurvesFile', 'narrow_curve
 import html
 import json
 import time
-import traceback
 
 import pandas as pd
 
 from .figures import CURVES_HTML
-from .page import message, starter
+from .page import error_words, message, starter
 from .library import ReadFolder, Studies, plain_words
 from ..core.registry import EsslError
 from ..costs.curves import FRAMES
@@ -160,11 +159,8 @@ def wire_curves(events, studies: Studies, file: CurvesFile, compare: dict, c: di
     def draw(study, encoder, *values):
         try:
             value, choices, now = curves_message(file, dict(zip(CURVE_PICKS, values)), mixer_of(studies, study, encoder))
-        except EsslError as e:
-            error = str(e)
         except Exception as e:  # a file of somebody's may hold anything
-            traceback.print_exc()
-            error = f"The curves could not be drawn: {type(e).__name__}: {e}."
+            error = error_words(e, "Choose another study")
         else:
             return gr.Row(visible=True), *[gr.Dropdown(choices=choices[p], value=now[p]) for p in CURVE_PICKS], value
         return gr.Row(visible=False), *[gr.skip()] * len(picks), message(dict(finding=error, caption="", code="", stamp=time.time_ns()))

@@ -9,14 +9,13 @@ __all__ = ['ALL', 'GROWS', 'MACHINES_HTML', 'SCALING_HTML', 'FurtherFiles', 'acr
 # %% ../../nbs/app/16_further.ipynb #589bba36
 import json
 import time
-import traceback
 from threading import Lock
 
 import pandas as pd
 
 from .figures import FIGURE_HTML
 from .library import Studies, folder_code, plain_words
-from .page import message, starter
+from .page import error_words, message, starter
 from ..core.registry import EsslError
 from ..study.across_machines import QUANTITIES, machine_ratios, ratios_of
 from ..study.scaling import ALONG, lacking, scaling
@@ -159,11 +158,8 @@ def wire_further(studies: Studies, chosen, c: dict): # chosen: the list of encod
         def callback(encoder, *values):
             try:
                 value, choices, now = make(files, dict(zip(names, values)), encoder)
-            except EsslError as e:
-                error = str(e)
             except Exception as e:  # a file of somebody's may hold anything
-                traceback.print_exc()
-                error = f"This could not be drawn: {type(e).__name__}: {e}."
+                error = error_words(e, "Choose another study")
             else:
                 kinds = dict(places=gr.CheckboxGroup)
                 return {c[view]: value} | {c[n]: kinds.get(n, gr.Dropdown)(choices=choices[n], value=now[n]) for n in lists}

@@ -12,7 +12,6 @@ import base64
 import html
 import json
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from .clips import LRUCache, clip_choices, corpus_sound
 from .cost import KEEP, machine_html
 from .library import TRAINED, UNTRAINED, Studies, folder_code
 from .listen import ListenController, error_html, import_lines, other_lines, transcript
-from .page import message
+from .page import error_words, message
 from .plots import own_starter, plots_html, plots_starter
 from .work import DONE, FAILED, STOPPED, Jobs, progress_text
 from ..core.registry import EsslError
@@ -338,11 +337,8 @@ def wire_loops(controller: LoopController, tab, c: dict) -> dict: # the componen
     def draw_gates(clip, encoder, layer, backward):
         try:
             return {c["gates"]: controller.gates(clip, encoder, int(layer or 1), bool(backward)), c["gates_error"]: ""}
-        except EsslError as e:
-            return {c["gates_error"]: error_html(str(e)), c["gates"]: message(dict(keep=True, note="", dim=True, stamp=time.time_ns()))}
-        except Exception as e:  # the page goes on, and the log has the rest
-            traceback.print_exc()
-            return {c["gates_error"]: error_html(f"The explorer itself failed: {type(e).__name__}: {e}. Choose something else; the page still works."), c["gates"]: KEEP("")}
+        except Exception as e:
+            return {c["gates_error"]: error_html(error_words(e)), c["gates"]: message(dict(keep=True, note="", dim=True, stamp=time.time_ns()))}
 
     def fill(filled, place, *more):
         if filled:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import soundfile
 
 from .clips import MB, RATE, UNKNOWN, Line, LRUCache, Sessions, Sound, clip_choices, corpus_sound, uploaded_sound, voice_choices
-from .page import LISTEN_HTML, message, starter
+from .page import LISTEN_HTML, error_words, message, starter
 from .library import EncoderLibrary
 from .uploads import Uploads
 from ..core.memory import give_back
@@ -371,11 +371,8 @@ def listen_tab(controller: ListenController) -> dict: # name -> component, "view
                 evicted = controller.sessions.eviction_message(request.session_hash)
                 note = "Nothing is chosen yet: pick a clip, or upload or record one." if source == CORPUS else "Upload or record a sound to see its map here."
                 yield unchanged(note, True), error_html(evicted) if evicted else gr.skip()
-        except EsslError as e:
-            yield unchanged(dim=True), error_html(str(e))
         except Exception as e:
-            yield unchanged(dim=True), error_html(f"The explorer itself failed: {type(e).__name__}: {e}. Choose something else; the page still works.")
-            raise
+            yield unchanged(dim=True), error_html(error_words(e))
 
     def after(event): # an event, or the trigger of one
         event = getattr(event, "then", event)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'MOST_SECONDS', 'JoinedStudy', 'joined', 'private_folder', 'uploaded_folder', 'files_key', 'OwnController',
-           'asked_now', 'measuring', 'own_fields', 'wire_own']
+           'asked_now', 'own_fields', 'wire_own']
 
 # %% ../../nbs/app/15_own_point.ipynb #09ce4d24
 import atexit
@@ -13,7 +13,6 @@ import html
 import os
 import shutil
 import tempfile
-import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from .access import LOOPBACK
 from .clips import LRUCache
 from .library import Studies, StudyFile, display_path, setting_of
 from .listen import error_html
+from .page import error_words
 from .uploads import MB, Uploads
 from .work import DONE, FAILED, STOPPED, Jobs, duration_words, progress_text
 from ..core.registry import EsslError
@@ -167,6 +167,10 @@ def asked_now(study: StudyFile, probe: str):
     return asked
 
 # %% ../../nbs/app/15_own_point.ipynb #19f56297
+from fastcore.basics import patch
+
+
+@patch
 def measuring(self: OwnController, study_key, probe_of, typed, paths, own: dict, session: str): # yields (name → value, own); probe_of: study → probe that is shown
     "Measure the encoder. Errors are yielded in words."
     own = own or {}
@@ -193,14 +197,8 @@ def measuring(self: OwnController, study_key, probe_of, typed, paths, own: dict,
         else:
             failed = event["state"] == FAILED
             yield dict(running=False, note="" if failed else "Stopped; nothing of it was kept.", error=error_html(event["error"] if failed else "")), own
-    except EsslError as e:
-        yield dict(running=False, note="", error=error_html(str(e))), own
-    except Exception as e:  # the page goes on, and the log has the rest
-        traceback.print_exc()
-        yield dict(running=False, note="", error=error_html(f"The explorer itself failed: {type(e).__name__}: {e}. Try other files; the page still works.")), own
-
-
-OwnController.measuring = measuring
+    except Exception as e:
+        yield dict(running=False, note="", error=error_html(error_words(e, "Try other files"))), own
 
 # %% ../../nbs/app/15_own_point.ipynb #e2ab7937
 def own_fields(controller: OwnController) -> dict: # name → component

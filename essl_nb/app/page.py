@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['TOOLS', 'WAITING', 'LARGE', 'DRAW', 'PANEL', 'HIGHLIGHT', 'FRAME', 'LISTEN', 'LIVE', 'ADDED', 'PLOTLY_JS', 'SCRIPT',
-           'LISTEN_HTML', 'LIVE_HTML', 'head', 'starter', 'message']
+           'LISTEN_HTML', 'LIVE_HTML', 'head', 'starter', 'error_words', 'message']
 
 # %% ../../nbs/app/03_page.ipynb #6ecc70fc
 import json
+import traceback
 from pathlib import Path
 
 import plotly
 
 from .figures import FIGURES
+from ..core.registry import EsslError
 from .links import LINKS
 
 # %% ../../nbs/app/03_page.ipynb #ed884457
@@ -392,6 +394,14 @@ LISTEN_HTML = """<section class="essl-view" aria-label="Mixing map">
 <p class="essl-busy" role="status">Reading the corpus and computing the first map…</p><div class="essl-panels"></div></section>"""
 LIVE_HTML = """<section class="essl-view" aria-label="Live sound"><p class="essl-transcript"></p><p class="essl-about"></p>
 <p class="essl-busy" role="status"></p><article class="essl-panel"><p class="essl-finding"></p><p class="essl-caption"></p></article></section>"""
+
+
+def error_words(e: Exception, way_out: str = "Choose something else") -> str:
+    "An error in one sentence; one of the explorer's own goes to the log with its trace, and the page goes on."
+    if isinstance(e, EsslError):
+        return str(e)
+    traceback.print_exception(e)
+    return f"The explorer itself failed: {type(e).__name__}: {e}. {way_out}; the page still works."
 
 
 def message(payload: dict) -> str: # JSON text

@@ -11,7 +11,6 @@ import asyncio
 import html
 import json
 import time
-import traceback
 from dataclasses import replace
 
 import pandas as pd
@@ -21,7 +20,7 @@ from .clips import RATE, Sound, corpus_sound, uploaded_sound
 from .library import TRAINED, ReadFolder, StudyFile, plain_words
 from .listen import CORPUS, OWN, error_html, import_lines, other_lines, transcript, unchanged, wave_file
 from .live_sound import LONGEST_LIVE, TICK, LiveSound, PhoneFollower, Recording, first_encoder, so_far, tick_values
-from .page import LIVE_HTML, message, starter
+from .page import LIVE_HTML, error_words, message, starter
 from ..core.registry import EsslError
 from ..costs.live import LiveEncoding, live_encoding
 from ..mixers.base import family_of
@@ -134,16 +133,13 @@ class StreamController:
         own = self.live.corpus[clip].part if source == CORPUS and clip else None
         return own if own in [p for _, p in self.live.parts()] else part
 
-    def upload(self, path: str | None, session: str) -> str: # an error message, or ""
-        "Read a visitor's file."
+    def upload(self, path: str | None, session: str):
+        "Read a visitor's file in place of the one before. Raises EsslError where it is no sound."
+        self.live.stop(session)
         self.live.sessions.end(session)
-        try:
-            if path:
-                with self.live.uploads.reading(path) as place:
-                    self.live.sessions.start(session, uploaded_sound(place))
-        except EsslError as e:
-            return str(e)
-        return ""
+        if path:
+            with self.live.uploads.reading(path) as place:
+                self.live.sessions.start(session, uploaded_sound(place))
 
     def message(self, live: LiveEncoding, sound: Sound, key: str, part: str | None, phones: PhoneFollower | None, run: int, *, playing: bool, total: float, note: str = "", audio: bool = False) -> str:
         "A whole figure with its texts."
@@ -173,16 +169,29 @@ async def half_played(self: StreamController, source, clip, key, ahead, part, se
     fitting = True
     for _ in range(600):
         head = self.live.head_of(key, frames, part)
+        if not fitting and not self.live.is_on(session, run):
+            return  # another sound is shown, or an error
         if head is not None or fitting:
             phones = PhoneFollower(head, live.frame_seconds) if head else None
             yield await asyncio.to_thread(self.message, live, sound, key, part, phones, run, playing=False, total=sound.seconds, note="" if head or not part else FITTING)
             fitting = False
-        if head is not None or part is None or not self.live.is_on(session, run):
+        if head is not None or part is None:
             return
         if (key, frames, part) in self.live.failed:
             yield unchanged(f"There are no phones: {self.live.failed[key, frames, part]}")
             return
         await asyncio.sleep(0.3)
+
+
+@patch
+async def uploaded(self: StreamController, path: str | None, *asked): # asked: as of `half_played`; yields view values
+    "Read a visitor's file, and the first half of it. Raises EsslError as both do."
+    await asyncio.to_thread(self.upload, path, asked[-1])
+    if path is None:
+        yield unchanged("Choose a file, or use the microphone.", dim=True)
+        return
+    async for value in self.half_played(*asked):
+        yield value
 
 
 @patch
@@ -330,10 +339,7 @@ def stream_tab(controller: StreamController, tab) -> dict: # name -> component; 
 
 def guarded(make): # a method that yields view values or gives one
     "A callback whose errors stand in the page: in one sentence, the figure dimmed."
-    def failure(e: Exception) -> tuple:
-        if not isinstance(e, EsslError):
-            traceback.print_exc()
-        return unchanged(dim=True), error_html(str(e) if isinstance(e, EsslError) else f"The explorer itself failed: {type(e).__name__}: {e}. Choose something else; the page still works.")
+    failure = lambda e: (unchanged(dim=True), error_html(error_words(e)))
 
     async def many(*asked):
         try:
@@ -358,7 +364,7 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     quiet = dict(api_visibility="private", show_progress="hidden")
     asked, drawn = [c[n] for n in ("source", "clip", "key", "ahead", "part")], [c["view"], c["error"]]
     busy = lambda text: f"(...a) => {{ window.essl && essl.busy('live', {json.dumps(text)}); return a; }}"
-    half, play = guarded(controller.half_played)[0], guarded(controller.play)[0]
+    half, play, uploaded = [guarded(m)[0] for m in (controller.half_played, controller.play, controller.uploaded)]
     record, end = guarded(controller.record)[1], guarded(controller.end_recording)[1]
 
     async def on_half(source, clip, key, ahead, part, request: gr.Request):
@@ -387,13 +393,9 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     def on_source(source):
         return gr.Column(visible=source == CORPUS), gr.Column(visible=source == OWN)
 
-    def on_upload(path, request: gr.Request):
-        return error_html(controller.upload(path, request.session_hash))
-
-    async def on_taken(source, clip, key, ahead, part, request: gr.Request):  # a file that was refused keeps its error
-        if controller.live.sessions.get(request.session_hash).sound is not None:
-            async for shown, _ in half(source, clip, key, ahead, part, request.session_hash):
-                yield shown
+    async def on_upload(path, source, clip, key, ahead, part, request: gr.Request):
+        async for shown in uploaded(path, source, clip, key, ahead, part, request.session_hash):
+            yield shown
 
     def on_select(shown):
         if shown:
@@ -415,7 +417,7 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     for name in ("key", "ahead"):
         c[name].input(on_costs, [c["key"], c["ahead"]], c["costs"], **quiet)
     c["source"].input(on_source, c["source"], [c["corpus_box"], c["own_box"]], **quiet)
-    c["own"].change(on_upload, c["own"], c["error"], **quiet).success(on_taken, asked, c["view"], **draw)
+    c["own"].change(on_upload, [c["own"], *asked], drawn, **draw)
     c["play"].click(on_play, asked, drawn, js=busy("Waiting for the first chunk…"), trigger_mode="multiple", **draw)
     c["view"].again(on_half, asked, drawn, **draw)
     c["stop"].click(on_stop, None, None, **quiet)

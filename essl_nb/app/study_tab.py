@@ -10,7 +10,6 @@ __all__ = ['OWN', 'HEALTH_HTML', 'alarms_html', 'runs_caption', 'runs_csv', 'run
 import html
 import json
 import time
-import traceback
 from pathlib import Path
 from threading import Lock
 
@@ -19,7 +18,7 @@ import pandas as pd
 from .figures import FIGURE_HTML
 from .library import Studies, StudyFile, display_path, folder_code, plain_words
 from .listen import error_html
-from .page import message, starter
+from .page import error_words, message, starter
 from .small_study import MOST_SECONDS, OwnStudy, estimated_seconds, form_grid, offered_probes, run_small_study
 from .work import Jobs, duration_words, progress_text
 from ..core.registry import EsslError
@@ -263,11 +262,8 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
         try:
             names, chosen, value, alarms = controller.show(source, chosen, session)
             return gr.Dropdown(choices=names, value=chosen), value, alarms
-        except EsslError as e:
-            return gr.skip(), nothing_yet(str(e)), ""
         except Exception as e:
-            traceback.print_exc()
-            return gr.skip(), nothing_yet(f"The explorer itself failed: {type(e).__name__}: {e}. Choose another study; the page still works."), ""
+            return gr.skip(), nothing_yet(error_words(e, "Choose another study")), ""
 
     def sentence(make, *asked):
         try:
