@@ -22,7 +22,7 @@ from .further import further_part, wire_further
 from .links import TAKE_LINK, link_to, read_link
 from .listen import error_html
 from .page import error_words, message, starter
-from .library import Studies, StudyFile, plain_words
+from .library import Studies, StudyFile, counted, plain_words
 from .own_point import OwnController, joined, own_fields, wire_own
 from .picker import BUDGETS, FIELDS, answer_update, budget_of, field_errors, field_of, label_part, label_value, limits_of, picker_part, wire_picker
 from ..core.registry import EsslError
@@ -93,7 +93,7 @@ def compare_caption(t, scores: pd.DataFrame, cost: str, costs: pd.DataFrame, hel
     s = scores[scores.state == "pretrained"]
     s = scores if not len(s) else s
     asked, seeds = s.iloc[0], sorted(set(s.seeds))
-    counts = f"{seeds[0]} seed{'s' * (seeds[0] > 1)}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    counts = counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     states = set(scores.state)
     drawn = ["small points: single seeds" * seeds_shown, "open points: the same encoders untrained" * (untrained and "untrained" in states), "dotted lines: log-mel features" * ("baseline" in states),
              "band: not significantly different from the highest (paired bootstrap)" * (int((t.points.tied & t.points.within).sum()) > 1)]
@@ -130,7 +130,7 @@ def compare_message(study: StudyFile, picks: dict, cost: str, log_x: bool, budge
     t = tradeoff(same, asked, costs, cost, limits, draws=study.draws(probe, metric))
     seeds = t.seeds[t.seeds.encoder == chosen] if t.points.encoder.nunique() > MANY else t.seeds
     keep = t.points[t.points.encoder.isin(usual_references(asked))].label.tolist()
-    fig = draw_tradeoff(t, cost, plain_words(values["task"]), metric, keep=keep, seeds=seeds, untrained=t.untrained if untrained else None, log_x=log_x, chosen=chosen)
+    fig = draw_tradeoff(t, cost, plain_words(values["task"]), metric, keep=keep, seeds=seeds, untrained=t.untrained if untrained else None, log_x=log_x, chosen=chosen, labelled=False)
     lines = code_lines(study, probe, metric, cost=cost, machine=machine if is_measured(cost) or limits else None, budget={c: budget[c] for c in limits}, log_x=log_x, untrained=bool(untrained), chosen=chosen)
     caption = compare_caption(t, asked, cost, costs, held_equal(rows, costs), seeds_shown=len(seeds) > 0, untrained=untrained, note=study.note)
     hint = "Choose an encoder in the list to read its numbers."
@@ -160,7 +160,7 @@ def card_html(study: StudyFile, encoder: str | None, curves: CurvesFile, now: st
     where = f"Measured on {where}" if isinstance(where, str) else f"Not measured on {machine}" if machine else ""
     training = [c for c in COSTS if c.startswith(("training", "pretrain"))]
     first = mine.iloc[0]
-    about = f"{plain_words(first.mixer)}, family: {family_name(first.family)}; {int(mine.seeds.max())} seed{'s' * (mine.seeds.max() > 1)}"
+    about = f"{plain_words(first.mixer)}, family: {family_name(first.family)}; {counted(mine.seeds.max(), 'seed')}"
     return (f'<div class="essl-card"><h3>{html.escape(encoder)}</h3><p class="essl-note">{html.escape(about)}</p><p class="essl-note">{html.escape(now)}</p><p class="essl-note">{html.escape(where)}</p>'
             + table_html("In use", lines([c for c in COSTS if c not in training])) + table_html("In training", lines(training))
             + curves_table(curves, first.mixer)

@@ -52,9 +52,11 @@ E.obstacles = div => {
     }
     if (role === 'untrained') xs.forEach((a, i) => thin.push([a - 5, a + 5, ys[i] - 5, ys[i] + 5]));
     if (role !== 'point') continue;
-    points.push([xs[0] - 7, xs[0] + 7, ys[0] - 7, ys[0] + 7]);
-    if (t.error_y && t.error_y.array) thin.push([xs[0] - 3, xs[0] + 3, at(y, t.y[0] + t.error_y.array[0]), at(y, t.y[0] - t.error_y.arrayminus[0])]);
-    named.push({text: t.name, a: xs[0], b: ys[0], vx: x.type === 'log' ? Math.log10(t.x[0]) : t.x[0], vy: t.y[0], ...t.meta});
+    xs.forEach((a, i) => {
+      points.push([a - 7, a + 7, ys[i] - 7, ys[i] + 7]);
+      if (t.error_y && t.error_y.array) thin.push([a - 3, a + 3, at(y, t.y[i] + t.error_y.array[i]), at(y, t.y[i] - t.error_y.arrayminus[i])]);
+    });
+    if (xs.length === 1) named.push({text: t.name, a: xs[0], b: ys[0], vx: x.type === 'log' ? Math.log10(t.x[0]) : t.x[0], vy: t.y[0], ...t.meta}); // of hundreds, those without a label share a trace
   }
   E.letters.font = `11px ${l.font.family}`;
   for (const n of l.annotations || []) if (n.name === 'baseline') solid.push([x._length - E.letters.measureText(n.text).width - 4, x._length, at(y, n.y) - 16, at(y, n.y)]);

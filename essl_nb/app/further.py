@@ -14,7 +14,7 @@ from threading import Lock
 import pandas as pd
 
 from .figures import FIGURE_HTML
-from .library import Studies, folder_code, plain_words
+from .library import Studies, counted, folder_code, plain_words
 from .page import error_words, message, starter
 from ..core.registry import EsslError
 from ..study.across_machines import QUANTITIES, machine_ratios, ratios_of
@@ -96,7 +96,7 @@ GROWS = {"steps": "more steps", "width": "more width"}
 def scaling_caption(rows: pd.DataFrame, along: str, lacks: str) -> str:
     "What is shown, on what data, with what n, and what not."
     first, seeds = rows.iloc[0], sorted({(int(g), int(s)) for g, s in zip(rows.grown, rows.seeds)})
-    counts = ", ".join(f"{'up to ' if len([x for x in seeds if x[0] == g]) > 1 else ''}{max(s for h, s in seeds if h == g)} seed{'s' * (max(s for h, s in seeds if h == g) > 1)} at {g:,}" for g in sorted({g for g, _ in seeds}))
+    counts = ", ".join(f"{'up to ' if len([x for x in seeds if x[0] == g]) > 1 else ''}{counted(max(s for h, s in seeds if h == g), 'seed')} at {g:,}" for g in sorted({g for g, _ in seeds}))
     return (f"{plain_words(first.probe).capitalize()}, {first['head']} head, {metric_name(first.metric)[:-4]}, n = {first.n} utterances; {counts} {'steps' if along == 'steps' else 'wide'}. Bars: 95 % intervals over utterances, and seeds where there are several: "
             f"one seed's interval holds no seeds. Runs differ in {'steps' if along == 'steps' else 'width'} and seed alone; their schedule of the rate is stretched with the steps. {lacks} Not shown: the score within a run, and what the longer training costs.")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'UNTRAINED', 'SCORES', 'NOTHING', 'UNREADABLE', 'EncoderLibrary', 'display_path', 'folder_code',
-           'ReadFolder', 'StudyFile', 'plain_words', 'stamp_of', 'state_of', 'setting_of', 'summary_of', 'study_label',
-           'Studies']
+           'ReadFolder', 'StudyFile', 'plain_words', 'counted', 'stamp_of', 'state_of', 'setting_of', 'summary_of',
+           'study_label', 'Studies']
 
 # %% ../../nbs/app/10_library.ipynb #f094050e
 import json
@@ -188,6 +188,11 @@ def plain_words(name: str) -> str:
     return str(name).replace("_", " ")
 
 
+def counted(n: int, noun: str) -> str:
+    "A number and its noun: `1 seed`, `3 seeds`, `2,000 steps`."
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
 SCORES, NOTHING, UNREADABLE = "scores", "nothing", "unreadable"
 
 
@@ -235,7 +240,7 @@ def summary_of(stamp: tuple) -> str: # `stamp` from `stamp_of`
     except Exception:  # somebody's grid may hold anything: the study is listed by its name
         return name
     width = "equal width" if len(widths) == 1 else f"widths {widths[0]} to {widths[-1]}"
-    return f"{name} · block{'s' * (len(blocks) > 1)} {', '.join(map(plain_words, blocks))} · {width}"
+    return f"{name} · block{'' if len(blocks) == 1 else 's'} {', '.join(map(plain_words, blocks))} · {width}"
 
 
 def study_label(folder: Path) -> str: # for a list of choices

@@ -16,7 +16,7 @@ from threading import Lock
 import pandas as pd
 
 from .figures import FIGURE_HTML
-from .library import Studies, StudyFile, display_path, folder_code, plain_words
+from .library import Studies, StudyFile, counted, display_path, folder_code, plain_words
 from .listen import error_html
 from .page import error_words, message, starter
 from .small_study import MOST_SECONDS, OwnStudy, estimated_seconds, form_grid, offered_probes, run_small_study
@@ -52,7 +52,7 @@ def runs_caption(runs: list, chosen: str | None) -> str:
     said = (f"Green: the losses of {band.runs} healthy runs with the same data and settings, their 5th to 95th percentile. " if band is not None else "No band: no reference runs were made with this data and these settings. ")
     lacking = [name for name in MULTIPLES if name not in kept_panels(runs)]
     left = f" Not kept in these curves: {', '.join(lacking)}; alarms that need them cannot be raised." if lacking else ""
-    return (f"{len(runs)} run{'s' * (len(runs) > 1)} of the objective {plain_words(mine.objective)}; in colour {mine.name}, the others grey. Lines: fixed batches of the valid split where the log has several such reports, else single training batches; points: the single batches of the run in colour. {said}"
+    return (f"{counted(len(runs), 'run')} of the objective {plain_words(mine.objective)}; in colour {mine.name}, the others grey. Lines: fixed batches of the valid split where the log has several such reports, else single training batches; points: the single batches of the run in colour. {said}"
             f"Dashed: chance, and the rank below which frames have collapsed. Dotted: where the first alarm begins.{left} It does not show what the encoder is good for; probes do (Compare).")
 
 
@@ -151,7 +151,7 @@ def estimate(self: StudyController, *form) -> str: # a sentence; form: names, st
     if seconds > MOST_SECONDS:
         raise EsslError(f"This would take about {duration_words(seconds)}, and the page allows {MOST_SECONDS / 60:.0f}; take fewer steps, mixers or seeds, or run it with essl_study.")
     runs = len(grid["encoders"]) * len(grid["seeds"])
-    return f"{runs} run{'s' * (runs > 1)} of {grid['pretrain']['steps']:,} steps and {runs} score{'s' * (runs > 1)}: about {duration_words(seconds)} on one thread, by the rates of the shipped study; a busy machine takes longer."
+    return f"{counted(runs, 'run')} of {grid['pretrain']['steps']:,} steps and {counted(runs, 'score')}: about {duration_words(seconds)} on one thread, by the rates of the shipped study; a busy machine takes longer."
 
 
 @patch
@@ -182,9 +182,9 @@ def progress(self: StudyController, session: str) -> tuple: # whether it runs, a
     facts = len(own.facts())
     if not job.ended:
         return True, progress_text(event, "steps")
-    kept = f" {facts} finished fact{'s' * (facts != 1)} {'are' if facts != 1 else 'is'} kept; Run goes on from there." if event["state"] != "done" else ""
+    kept = f" {counted(facts, 'finished fact')} {'are' if facts != 1 else 'is'} kept; Run goes on from there." if event["state"] != "done" else ""
     failed = " ".join((event.get("value") or {}).get("failed", [])[:2]) if event["state"] == "done" else ""
-    return False, f"Finished: {facts} fact{'s' * (facts != 1)}. {failed}".strip() if event["state"] == "done" else event.get("error", "") + kept
+    return False, f"Finished: {counted(facts, 'fact')}. {failed}".strip() if event["state"] == "done" else event.get("error", "") + kept
 
 
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LETTER', 'LINE', 'RINGS', 'MANY', 'staircase', 'label_offsets', 'overlaps', 'leader', 'place_labels', 'unit',
-           'axis_range', 'point_trace', 'faint_traces', 'baseline_shapes', 'label_notes', 'label_points',
-           'pareto_figure']
+           'axis_range', 'point_trace', 'is_own', 'point_traces', 'faint_traces', 'baseline_shapes', 'label_notes',
+           'label_points', 'pareto_figure']
 
 # %% ../../nbs/viz/04_pareto.ipynb #06334a35
 import numpy as np
@@ -102,7 +102,7 @@ def axis_range(values, log: bool, room: float = 0.12) -> tuple: # (low, high)
 
 # %% ../../nbs/viz/04_pareto.ipynb #35563509
 def point_trace(
-    row, # one point
+    rows: pd.DataFrame, # one encoder, or several of one family
     *,
     x: str, y: str, low: str, high: str, # column names
     faded: bool, # outside the budget
@@ -111,21 +111,36 @@ def point_trace(
     size: int, # of the marker, in pixels
     hover: str, # plotly's template
 ) -> go.Scatter:
-    "One encoder: marker and interval in its family's colour and shape."
-    colour, ink, bar, spans = family_colour(row["family"]), family_ink(row["family"]), 1.5 if size > 10 else 1, {}
-    if low in row and np.isfinite(row[low]):
-        spans = dict(error_y=dict(type="data", symmetric=False, array=[row[high] - row[y]], arrayminus=[row[y] - row[low]], thickness=bar, width=size // 3, color=ink))
-    if np.isfinite(row.get(x + "_low", np.nan)) and np.isfinite(row.get(x + "_high", np.nan)):
-        spans |= dict(error_x=dict(type="data", symmetric=False, array=[max(row[x + "_high"] - row[x], 0)], arrayminus=[max(row[x] - row[x + "_low"], 0)], thickness=bar, width=0, color=ink))
-    own = row.get("own") is True or row.get("own") is np.True_
-    size, shape, ink = (size + 4, OWN_SHAPE, INK) if own else (size, family_shape(row["family"]), ink)
+    "Encoders: markers and intervals in their family's colour and shape."
+    family, labels, spans = rows["family"].iloc[0], rows["label"].tolist(), {}
+    colour, ink, bar = family_colour(family), family_ink(family), 1.5 if size > 10 else 1
+    if low in rows and np.isfinite(rows[low]).any():
+        spans = dict(error_y=dict(type="data", symmetric=False, array=(rows[high] - rows[y]).tolist(), arrayminus=(rows[y] - rows[low]).tolist(), thickness=bar, width=size // 3, color=ink))
+    if {x + "_low", x + "_high"} <= set(rows) and np.isfinite(rows[[x + "_low", x + "_high"]]).all(axis=1).any():
+        more, less = (rows[x + "_high"] - rows[x]).clip(lower=0), (rows[x] - rows[x + "_low"]).clip(lower=0)
+        spans |= dict(error_x=dict(type="data", symmetric=False, array=more.tolist(), arrayminus=less.tolist(), thickness=bar, width=0, color=ink))
+    size, shape, ink = (size + 4, OWN_SHAPE, INK) if is_own(rows) else (size, family_shape(family), ink)
     return go.Scatter(
-        x=[row[x]], y=[row[y]], mode="markers", opacity=0.25 if faded else 1.0, name=row["label"], showlegend=False,
+        x=rows[x].tolist(), y=rows[y].tolist(), mode="markers", opacity=0.25 if faded else 1.0, name=labels[0] if len(labels) == 1 else family, showlegend=False,
         marker=dict(color=colour, symbol=shape, size=size + 4 if chosen else size, line=dict(width=2.5 if chosen else 0 if ink == colour else 1, color="#222" if chosen else ink)),
-        customdata=[row["label"]], hovertext=[plain_text(row["label"])], hovertemplate=hover, cliponaxis=False, meta=dict(role="point", chosen=chosen, must=must, faded=faded), **spans,
+        customdata=labels, hovertext=[plain_text(v) for v in labels], hovertemplate=hover, cliponaxis=False, meta=dict(role="point", chosen=chosen, must=must, faded=faded), **spans,
     )
 
 
+def is_own(rows: pd.DataFrame) -> bool:
+    "Whether these are the reader's own encoder."
+    return "own" in rows and bool(rows["own"].any())
+
+# %% ../../nbs/viz/04_pareto.ipynb #ae0bdfdf
+def point_traces(known: pd.DataFrame, must, faded, chosen: str | None, **how) -> list: # one trace an encoder; of many, those that need no label by family
+    "The points, what matters on top: a trace for each keeps a figure simple to work with, and of hundreds would take seconds."
+    table = known.assign(must=np.asarray(must, bool), faded=np.asarray(faded, bool), chosen=known["label"] == chosen)
+    group = [str(i) if row.must or len(table) <= MANY else f"{row.family}, {row.faded}" for i, row in enumerate(table.itertuples())]
+    parts = [part for _, part in table.groupby(np.array(group, dtype=object), sort=False)]
+    parts.sort(key=lambda part: (part["must"].iloc[0], part["chosen"].iloc[0]))
+    return [point_trace(part, must=bool(part["must"].iloc[0]), faded=bool(part["faded"].iloc[0]), chosen=bool(part["chosen"].iloc[0]), **how) for part in parts]
+
+# %% ../../nbs/viz/04_pareto.ipynb #28a8cb72
 def faint_traces(rows, x: str, y: str, role: str) -> list: # one trace a family
     "Points behind the points: single seeds, small and filled, or untrained encoders, open."
     rows = rows if rows is not None else pd.DataFrame()
@@ -195,6 +210,7 @@ def pareto_figure(
     width: int = 800, # of the figure, in pixels, as far as it is known
     height: int = 520, # of the figure, in pixels
     title: str = "", # the finding
+    labelled: bool = True, # place the labels; a page that knows its width does it itself
 ) -> go.Figure:
     "Accuracy against cost, with intervals, seeds, baselines and the front of what is inside the budget."
     within = np.ones(len(points), bool) if within is None else np.asarray(within, bool)
@@ -206,20 +222,19 @@ def pareto_figure(
     yr = axis_range([*known[y], *behind, *(v for c in ends for v in known[c]), *(b[1] for b in baselines)], False, 0.08)
     front = pareto_front(inside, x, y, maximise=() if lower_is_better else (y,))
     xs, ys = staircase(front, x, y, xr[1])
-    must, size = known["label"].isin([*front["label"], *keep, chosen]), 12 if len(known) <= 12 else 10
+    must, size = known["label"].isin([*front["label"], *keep, chosen]) | known.get("own", False), 12 if len(known) <= 12 else 10
     hover = f"<b>%{{hovertext}}</b><br>{y_title}: %{{y:.3~g}}<br>{x_title}: %{{x:.3~g}}<extra></extra>"
     fig = go.Figure(go.Scatter(x=xs, y=ys, mode="lines", line=dict(color=GREY, width=2), hoverinfo="skip", name="front", showlegend=False, meta=dict(role="front")), layout=dict(meta=dict(lower=lower_is_better)))
     fig.add_traces(faint_traces(seeds, x, y, "seed") + faint_traces(untrained, x, y, "untrained"))
-    points = sorted(zip(must, known.iterrows()), key=lambda p: (p[0], p[1][1]["label"] == chosen))  # what matters lies on top
-    fig.add_traces([point_trace(row, x=x, y=y, low=low, high=high, must=bool(strong), size=size, hover=hover, faded=i not in inside.index, chosen=row["label"] == chosen) for strong, (i, row) in points])
+    fig.add_traces(point_traces(known, must, ~known.index.isin(inside.index), chosen, x=x, y=y, low=low, high=high, size=size, hover=hover))
     plain(fig, height=height, title=title, margin=dict(l=72, r=24, t=48 if title else 16, b=60))
     ticks = dict(type="log", range=np.log10(xr).tolist(), dtick="D2" if xr[1] / xr[0] < 30 else 1) if log_x else dict(range=list(xr))
     fig.update_xaxes(title_text=f"{x_title}  (less is better)", **ticks)
     better = "less" if lower_is_better else "more"
     fig.update_yaxes(title_text=f"{y_title}  ({better} is better)", range=list(yr))
-    baseline_shapes(family_key(fig, known["family"], own="own" in known and bool(known["own"].any())), baselines, yr).update_layout(hovermode="closest")
+    baseline_shapes(family_key(fig, known["family"], own=is_own(known)), baselines, yr).update_layout(hovermode="closest")
     fig.update_layout(title=dict(y=1, yanchor="top", yref="container", pad=dict(l=12, t=18)))  # above the key
     if band is not None:
         fig.add_hrect(y0=min(band), y1=max(band), fillcolor=GREY, opacity=0.14, line_width=0, layer="below", name="band")
     bars = (low, high) if len(ends) == 2 else ()
-    return label_points(fig, known, x, y, must, ranges=(xr, yr), log_x=log_x, front=(xs, ys), bars=bars, width=width, better=-1 if lower_is_better else 1)
+    return fig if not labelled else label_points(fig, known, x, y, must, ranges=(xr, yr), log_x=log_x, front=(xs, ys), bars=bars, width=width, better=-1 if lower_is_better else 1)

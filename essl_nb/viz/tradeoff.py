@@ -168,14 +168,14 @@ def cost_note(t: Tradeoff, costs: pd.DataFrame, cost: str) -> str: # sentences
     return f"Cost: {name} ({unit}), measured on one machine: {where}{'; ' * bool(how)}{how}.{out}"
 
 # %% ../../nbs/viz/05_tradeoff.ipynb #a533e1ea
-def draw_tradeoff(t: Tradeoff, cost: str, task: str, metric: str, *, keep=(), seeds=None, untrained=None, log_x: bool = False, chosen: str | None = None, title: str = "") -> go.Figure:
+def draw_tradeoff(t: Tradeoff, cost: str, task: str, metric: str, *, keep=(), seeds=None, untrained=None, log_x: bool = False, chosen: str | None = None, title: str = "", labelled: bool = True) -> go.Figure:
     "The figure of a tradeoff."
     name, unit, _ = COSTS[cost]
     tie = best_first(t)
     band = (tie.value.min(), tie.value.max()) if len(tie) > 1 else None
     keep = [*keep, *t.points[t.points.encoder == OWN].label]
     return pareto_figure(t.points, "cost", "value", seeds=seeds, untrained=untrained, baselines=t.baselines, lower_is_better=t.lower, log_x=log_x, keep=keep, band=band,
-                         x_title=f"{name}, {unit}", y_title=f"{plain_text(task)}, {metric_name(metric)}", within=t.points.within.tolist(), chosen=chosen, title=plain_text(title))
+                         x_title=f"{name}, {unit}", y_title=f"{plain_text(task)}, {metric_name(metric)}", within=t.points.within.tolist(), chosen=chosen, title=plain_text(title), labelled=labelled)
 
 
 MANY = 8  # encoders; with more, single seeds are shown of the chosen one only

@@ -21,7 +21,9 @@ def test_of_many_only_those_are_named_that_matter():
     fig = pareto_figure(many, "cost", "score", keep=["encoder 7"], chosen="encoder 9")
     must = {t.name for t in fig.data if (t.meta or {}).get("must")}
     assert named(fig) == must and {"encoder 7", "encoder 9"} <= must and len(must) < MANY
-    assert sum((t.meta or {}).get("role") == "point" for t in fig.data) == 600, "every point is there"
+    drawn = [t for t in fig.data if (t.meta or {}).get("role") == "point"]
+    assert sorted(name for t in drawn for name in t.customdata) == sorted(many.label), "every point is there, and can be clicked"
+    assert all(len(t.x) == len(t.error_y.array) == len(t.hovertext) for t in drawn) and len(drawn) == len(must) + 1, "one family, one trace"
 
 
 def test_overlaps_are_counted_one_by_one():
