@@ -359,17 +359,24 @@ E.strip = (figure, phones, start, tints) => {
   Object.assign(bars, {x: middle, y: seen.map(() => 1), width, customdata: seen, hovertext: seen.map(s => s[0]), marker: {...bars.marker, color: seen.map(s => tints[s[3]])}});
   Object.assign(text, {x: middle, y: seen.map(() => .5), text: seen.map(s => tints[s[3]] === tints[tints.length - 2] ? '' : s[0]), customdata: width});
 };
-E.microphone = () => {
-  const box = document.querySelector('#stream-mic'), old = document.querySelector('.essl-mic'), say = why => {
-    const error = E.make('p', 'essl-error essl-mic', `${why} Play a clip or a file instead.`);
+E.microphone = async box => { // whether it may be used
+  const say = why => {
+    const error = E.make('p', 'essl-error essl-mic', `${why} Choose a clip or a file instead.`);
     error.setAttribute('role', 'alert'); box.after(error);
+    return false;
   };
-  if (old) old.remove();
+  document.querySelectorAll('.essl-mic').forEach(e => e.remove());
   if (!navigator.mediaDevices) return say('This page may not use a microphone, since it was not opened at localhost or over an encrypted connection.');
-  navigator.mediaDevices.getUserMedia({audio: true}).then(s => s.getTracks().forEach(t => t.stop()),
+  return navigator.mediaDevices.getUserMedia({audio: true}).then(s => { s.getTracks().forEach(t => t.stop()); return true; },
     e => say(e.name === 'NotAllowedError' ? 'The browser refused the microphone; it can be allowed beside the address.' : e.name === 'NotFoundError' ? 'There is no microphone here.' : `The microphone cannot be used (${e.name}).`));
 };
-document.addEventListener('click', e => { const b = e.target.closest && e.target.closest('#stream-mic button'); if (b && /record/i.test(b.className + b.textContent + b.getAttribute('aria-label'))) E.microphone(); }, true);
+document.addEventListener('click', e => { // the browser is asked before Gradio's recorder, which goes on as if it had been allowed
+  const b = e.target.closest && e.target.closest(':is(#stream-mic, #record) button');
+  if (!b || !/record/i.test(b.className + b.textContent + b.getAttribute('aria-label'))) return;
+  if (b.dataset.allowed) { delete b.dataset.allowed; return; }
+  e.stopImmediatePropagation(); e.preventDefault();
+  E.microphone(b.closest('#stream-mic, #record')).then(allowed => { if (allowed) { b.dataset.allowed = '1'; b.click(); } });
+}, true);
 """
 
 # %% ../../nbs/app/03_page.ipynb #dc28e2e2

@@ -11,7 +11,7 @@ from essl_nb.core.places import study_dir
 
 
 @contextmanager
-def quiet_page(uploads, width: int = 390, study=None, corpus="bundled", **more): # more: of the page
+def quiet_page(uploads, width: int = 390, study=None, corpus="bundled", flags=FLAGS, **more): # more: of the page
     "A study, the shipped one if none is given, on a page that must stay on this machine and leave the console silent; skips where there is no browser."
     if chromium() is None:
         pytest.skip(NO_BROWSER)
@@ -19,7 +19,7 @@ def quiet_page(uploads, width: int = 390, study=None, corpus="bundled", **more):
     process, address = start(uploads, study or study_dir("small"), corpus)
     try:
         with sync.sync_playwright() as p:
-            page = p.chromium.launch(executable_path=chromium(), args=FLAGS).new_context(viewport=dict(width=width, height=800), **more).new_page()
+            page = p.chromium.launch(executable_path=chromium(), args=flags).new_context(viewport=dict(width=width, height=800), **more).new_page()
             page.set_default_timeout(PATIENCE)
             asked, told = [], []
             page.on("request", lambda r: asked.append(r.url))
