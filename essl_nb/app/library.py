@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
+import pandas as pd
+
 from .clips import LRUCache
 from ..core.places import results_dir
 from ..core.registry import EsslError, nearest
@@ -160,6 +162,13 @@ class StudyFile(ReadFolder):
                 self.loaded, self.stamp, self.tables = rows, stamp, LRUCache(64)
         return self.loaded
 
+    def any_scores(self): # a frame from `scores_of`
+        "Single scores; an empty frame where there is no such study."
+        try:
+            return scores_of(self.rows())
+        except EsslError:
+            return pd.DataFrame()
+
     def scores(self, **only): # a frame from `score_table`
         "Scores with means over seeds, of the rows with these values in their columns."
         rows = scores_of(self.rows())
@@ -272,6 +281,11 @@ class Studies:
             for p in siblings:
                 self.files.setdefault(p.name, StudyFile(p))
         return [(study_label(p), p.name) for p in (opened, *siblings)] + mine
+
+    def beside(self, name: str) -> StudyFile:
+        "The study next to the opened one, read once and kept; one without rows where there is none."
+        with self.lock:
+            return self.files.get(name) or self.private.setdefault(f"beside {name}", StudyFile(self.sibling(name)))
 
     def sibling(self, name: str) -> Path | None:
         "A folder next to the opened one, which may not exist; None where no study is open."

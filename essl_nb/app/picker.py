@@ -11,10 +11,10 @@ __all__ = ['BUDGETS', 'EXAMPLES', 'ANY_FORM', 'PRESETS', 'FIELDS', 'LABEL_HTML',
 import html
 import json
 
-from .library import StudyFile
+from .library import StudyFile, plain_words
 from .listen import error_html
 from ..core.registry import EsslError
-from ..study.choice import FORMS, choice_lines, choose, is_speed, note_line
+from ..study.choice import FORMS, choice_lines, choose, is_speed, note_line, use_line
 from ..viz.cost_label import label_of_tables
 from ..viz.tradeoff import is_measured, limit_of
 
@@ -75,6 +75,8 @@ def answer_html(
     lower: bool, # less of it is better
     limits: dict, # from `limits_of`
     machine: str | None, # whose measurements
+    variants: StudyFile | None = None, # scores of encoders in few bits and in chunks
+    task: str = "", # as its probes call it
 ) -> str: # HTML; empty without limits
     "The encoder to take, in words; everything in it is escaped."
     if not limits:
@@ -83,15 +85,19 @@ def answer_html(
         choice = choose(study.draws(probe, metric), study.costs(machine), limits, lower)
     except EsslError as e:
         return error_html(str(e))
+    of_use = use_line(choice, variants.any_scores(), task, f"results/{variants.folder.name}") if variants and task else ""
     measured = [c for c in limits if is_measured(c) and c != "streaming_latency_ms" and c != "disk_bytes"]
-    note = " ".join(filter(None, [note_line(choice), f"Measured on {machine}." if machine and measured else ""]))
+    note = " ".join(filter(None, [note_line(choice, of_use), f"Measured on {machine}." if machine and measured else ""]))
     lines = "".join(f"<p>{html.escape(line)}</p>" for line in choice_lines(choice))
     return f'<section class="essl-choice{" none" if choice.pick is None else ""}" aria-label="Which encoder to take" role="status">{lines}{f"<p class=essl-note>{html.escape(note)}</p>" if note else ""}</section>'
 
 
-def answer_update(study: StudyFile, same, metric: str, limits: dict, machine: str | None) -> str: # HTML; same: the score rows that are shown
+def answer_update(study: StudyFile, same, metric: str, limits: dict, machine: str | None, variants: StudyFile | None = None) -> str: # HTML; same: the score rows that are shown
     "The answer for the score that is shown."
-    return answer_html(study, same.probe.iloc[0], metric, same.better.iloc[0] == "lower", limits, machine)
+    shown = same.iloc[0]
+    scored = shown.labels == "all" and shown["head"] == "linear" and (shown.task == "phones" or shown.get("span_ms") == 200)  # what the study of variants scored
+    task = plain_words(shown.task) if scored else ""
+    return answer_html(study, shown.probe, metric, shown.better == "lower", limits, machine, variants, task)
 
 # %% ../../nbs/app/14_picker.ipynb #0106f44a
 def label_value(study: StudyFile, encoder: str | None, same, metric: str, machine: str | None) -> str: # JSON: [name, SVG]; empty: none

@@ -24,7 +24,7 @@ from .page import LIVE_HTML, error_words, message, starter
 from ..core.registry import EsslError
 from ..costs.live import LiveEncoding, live_encoding
 from ..mixers.base import family_of
-from ..study.results import difference, scores_of
+from ..study.choice import lost_by
 from ..viz.audio import PHONE_TINTS
 from ..viz.live import live_figure, live_finding
 from ..viz.style import family_ink
@@ -36,16 +36,8 @@ TASKS = {"phones": "phones", "masked phones": "hidden phones"}  # probes of the 
 
 def look_ahead_costs(scores: pd.DataFrame, encoder: str) -> list: # (look-ahead, task, points lost, low, high), differences to the whole utterance
     "Accuracy lost by a look-ahead, paired over utterances; empty where the study has no such encoder."
-    mine = scores[(scores.encoder == encoder) & (scores.state == "pretrained") & (scores.metric == "accuracy")] if len(scores) else scores
-    lost = []
-    for task in TASKS:
-        whole = mine[mine.probe == f"{task}, whole utterance"] if len(mine) else mine
-        for label in AHEAD:
-            short = mine[mine.probe == f"{task}, chunks of {label}"] if len(mine) else mine
-            if len(whole) and len(short):
-                d = difference(short, whole)
-                lost.append((label, task, 100 * d["value"], 100 * d["low"], 100 * d["high"]))
-    return lost
+    lost = [(label, task, lost_by(scores, encoder, task, f"chunks of {label}")) for task in TASKS for label in AHEAD]
+    return [(label, task, *(100 * d[k] for k in ("value", "low", "high"))) for label, task, d in lost if d]
 
 
 def costs_html(lost: list, encoder: str, chosen: str) -> str: # HTML
@@ -108,16 +100,9 @@ class StreamController:
     def __init__(self, live: LiveSound, study: StudyFile, listen): # study: of look-aheads; listen: the ListenController, for its first clip
         self.live, self.study, self.listen = live, study, listen
 
-    def scores(self) -> pd.DataFrame:
-        "Scores of the study of look-aheads; empty where there is none."
-        try:
-            return scores_of(self.study.rows())
-        except EsslError:
-            return pd.DataFrame()
-
     def costs(self, key: str, ahead: str) -> str: # HTML
         "What look-aheads cost the encoder with this name."
-        name, scores = key.split(":", 1)[-1], self.scores()
+        name, scores = key.split(":", 1)[-1], self.study.any_scores()
         lost = self.study.tables.get(("look-ahead", name), lambda: look_ahead_costs(scores, name)) if len(scores) else []
         return costs_html(lost, name, ahead)
 
@@ -401,7 +386,7 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
         if shown:
             return [gr.skip()] * 4
         clips, parts, first = controller.live.clips(), controller.live.parts(), controller.listen.first_clip()[4][0][1]
-        key, known = first_encoder(controller.live.library, controller.scores()), [k for _, k in clips]
+        key, known = first_encoder(controller.live.library, controller.study.any_scores()), [k for _, k in clips]
         return gr.Dropdown(choices=clips, value=first if first in known else known[0]), gr.Dropdown(choices=parts, value=parts[0][1] if parts else None), key, controller.costs(key, "160 ms")
 
     async def on_first(shown, source, clip, key, ahead, part, request: gr.Request):

@@ -7,8 +7,8 @@ import pytest
 
 from essl_nb.core.places import study_dir
 from essl_nb.core.registry import EsslError
-from essl_nb.study.choice import LIMITS, choice_lines, choose, choose_encoder, note_line, read_limit, within_limits
-from essl_nb.study.results import draws_of, load_results
+from essl_nb.study.choice import LIMITS, choice_lines, choose, choose_encoder, lost_by, note_line, read_limit, use_line, within_limits
+from essl_nb.study.results import draws_of, load_results, scores_of
 from essl_nb.viz.tradeoff import limit_of, tradeoff_figure
 
 SHARES = dict(large=0.60, middle=0.59, small=0.40, unmeasured=0.80)
@@ -110,3 +110,17 @@ def test_the_shipped_study_is_answered_as_its_tables_say():
         with pytest.raises(EsslError):
             choose_encoder(frame, **wrong)
     assert within_limits(pd.DataFrame(), ["a"], dict(disk_bytes=1)).tolist() == [False] and within_limits(pd.DataFrame(), ["a"], {}).tolist() == [True]
+
+
+def test_what_few_bits_and_chunks_change_is_said_where_it_was_scored():
+    frame, variants = load_results(study_dir("small")), scores_of(load_results(study_dir("streaming")))
+    of_ligru = frame[frame.encoder == "ligru"]
+    choice = choose_encoder(of_ligru, "phones", at_most=dict(disk_bytes="2 MB", streaming_latency_ms="160"))
+    line = use_line(choice, variants, "phones", "results/streaming")
+    assert line.startswith("int8 changes it by ") and "chunks of 160 ms change it by " in line and line in note_line(choice, line)
+    d = lost_by(variants, "ligru", "phones", "chunks of 160 ms")
+    assert f"{100 * d['value']:.1f} points".replace("-", "−") in line and d["low"] <= d["value"] <= d["high"]
+    assert "this study has none of the encoder stored in int8 and streamed" in note_line(choice)
+    partly = use_line(choice, variants[~variants.probe.str.contains("int8")], "phones", "results/streaming")
+    assert partly.endswith("int8: not scored") and partly.startswith("chunks")
+    assert use_line(choice, variants.head(0), "phones", "") == use_line(choice, variants, "no such task", "") == ""
