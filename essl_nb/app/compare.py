@@ -259,7 +259,7 @@ def study_updates(studies: Studies, curves: CurvesFile, v: dict, fresh: bool) ->
     lists = {p: gr.Dropdown(choices=[(plain_words(c), c) for c in choices[p]], value=picked[p]) for p in PICKS}
     lists |= dict(cost=gr.Dropdown(choices=cost_choices(measured), value=cost), chosen=gr.Dropdown(choices=list(zip(t.points.label, t.points.encoder)), value=chosen))
     lists |= dict(machine=gr.Dropdown(choices=[(f"{m} ({n} encoders)", m) for m, n in machines.items()], value=machine, visible=len(machines) > 1))
-    lists |= dict(answer=answer_update(study, same, picked["metric"], limits, machine, studies.beside("streaming")), label=label_value(study, chosen, same, picked["metric"], machine))
+    lists |= dict(answer=answer_update(study, same, picked["metric"], limits, machine, studies.neighbour("streaming")), label=label_value(study, chosen, same, picked["metric"], machine))
     return lists | dict(view=value, untrained=untrained, listen=gr.Button(interactive=bool(chosen)), card=card_html(study, chosen, curves, now, machine))
 
 # %% ../../nbs/app/17_compare.ipynb #b3d9576a

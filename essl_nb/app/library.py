@@ -282,10 +282,10 @@ class Studies:
                 self.files.setdefault(p.name, StudyFile(p))
         return [(study_label(p), p.name) for p in (opened, *siblings)] + mine
 
-    def beside(self, name: str) -> StudyFile:
+    def neighbour(self, name: str) -> StudyFile:
         "The study next to the opened one, read once and kept; one without rows where there is none."
         with self.lock:
-            return self.files.get(name) or self.private.setdefault(f"beside {name}", StudyFile(self.sibling(name)))
+            return self.files.get(name) or self.private.setdefault(f"next to it, {name}", StudyFile(self.sibling(name)))
 
     def sibling(self, name: str) -> Path | None:
         "A folder next to the opened one, which may not exist; None where no study is open."

@@ -271,7 +271,7 @@ def no_choice_lines(choice: Choice) -> list: # three sentences
     missed = [f"{amount(c, nearest_one[c])}{stored(c, nearest_one)} where the limit is {amount(c, limits[c])}, {100 * (nearest_one[c] / limits[c] - 1):.0f} % beyond it" for c in limits if nearest_one[c] > limits[c]]
     return [first, second, f"The nearest is {nearest_one.label}, {score_words(nearest_one)}: {' and '.join(missed)}."]
 
-
+# %% ../../nbs/study/11_choice.ipynb #d0aa97b5
 def note_line(
     choice: Choice,
     of_use: str = "", # from `use_line`
