@@ -41,9 +41,9 @@ def started(tmp: Path) -> tuple: # (process, address)
 class Visitor:
     "What one page asks for."
 
-    def __init__(self, address: str, number: int, events: dict, clips: int, encoders: list): # clips: how many of the list are chosen from; 0: all
+    def __init__(self, address: str, number: int, events: dict, most: int | None, encoders: list): # most: clips of the list that are chosen from; None: all
         self.http = httpx.AsyncClient(base_url=address, timeout=300, trust_env=False)
-        self.session, self.events, self.clips, self.encoders = f"visitor{number}", events, clips, encoders
+        self.session, self.events, self.most, self.encoders, self.clips = f"visitor{number}", events, most, encoders, []
         self.random, self.times, self.refused, self.waited, self.page = random.Random(number), [], 0, 0, None
 
     async def ask(self, event: dict, data: list) -> dict | None: # the answer; None where it was refused
@@ -70,8 +70,7 @@ class Visitor:
         self.page = time.perf_counter() - begin
         while (lists := await self.ask(self.events["on_open"], [self.encoders[0], 1, "influence"])) is None:
             await asyncio.sleep(1)
-        known = [key for _, key in lists["data"][2]["choices"]]
-        self.clips = known[: self.clips] if self.clips else known
+        self.clips = [key for _, key in lists["data"][2]["choices"]][: self.most]
 
     async def map(self, clip: str, encoder: str) -> float | None: # s until the whole map is there; None where it was refused
         "Choose a clip."
@@ -103,17 +102,17 @@ async def measured(process, address: str, n: int, seconds: float, new: bool) -> 
     from essl_nb.core.places import study_dir
 
     shipped = [TRAINED + p.name for p in sorted((study_dir("small") / "encoders").iterdir()) if p.is_dir()]
-    clips, encoders = (0, shipped) if new else (8, shipped[:2])
+    limit, encoders = (None, shipped) if new else (8, shipped[:2])
     server = psutil.Process(process.pid)
     idle = server.memory_info().rss
     if not new:
-        first = Visitor(address, 10**6, events, clips, encoders)
+        first = Visitor(address, 10**6, events, limit, encoders)
         await first.open()
         for clip in first.clips:
             for encoder in encoders:
                 await first.map(clip, encoder)
         await first.http.aclose()
-    visitors, most = [Visitor(address, i, events, clips, encoders) for i in range(n)], 0
+    visitors, most = [Visitor(address, i, events, limit, encoders) for i in range(n)], 0
     until = time.perf_counter() + seconds
     work = [asyncio.create_task(v.stay(until)) for v in visitors]
     while not all(t.done() for t in work):
