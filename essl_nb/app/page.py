@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOOLS', 'WAITING', 'LARGE', 'DRAW', 'PANEL', 'HIGHLIGHT', 'FRAME', 'LISTEN', 'LIVE', 'ADDED', 'PLOTLY_JS', 'SCRIPT',
-           'LISTEN_HTML', 'LIVE_HTML', 'head', 'starter', 'error_words', 'message']
+           'LISTEN_HTML', 'LIVE_HTML', 'head', 'starter', 'error_html', 'error_words', 'message']
 
 # %% ../../nbs/app/03_page.ipynb #6ecc70fc
+import html
 import json
 import traceback
 from pathlib import Path
@@ -122,7 +123,12 @@ E.recolour = (data, layout, ink) => {
 E.narrow = (layout, data) => {
   Object.assign(layout.margin, {l: Math.min(layout.margin.l, 46), r: Math.min(layout.margin.r, 40)});
   for (const axis of [layout.xaxis, layout.yaxis]) if (axis.title && axis.title.text) axis.title.text = axis.title.text.replace('  (', '<br>(');
-  if (layout.meta && layout.meta.rows) { layout.margin.l = 40; layout.yaxis.title.text = layout.yaxis2.title.text = ''; for (const t of data) if (t.meta && t.meta.role === 'mel') t.showscale = false; }
+  if (layout.meta && layout.meta.rows) {
+    layout.margin.l = 40; layout.yaxis.title.text = layout.yaxis2.title.text = '';
+    for (const t of data) if (t.meta && t.meta.role === 'mel') t.showscale = false;
+    if (window.innerWidth < 560) { Object.assign(layout.margin, {r: 8, b: layout.margin.b + 40}); layout.height += 40; } // a phone: the colour bar goes below
+    for (const t of data) if (window.innerWidth < 560 && t.meta && t.meta.role === 'map') Object.assign(t.colorbar, {orientation: 'h', x: .5, len: 1, y: 0, yref: 'container', yanchor: 'bottom', title: {...t.colorbar.title, side: 'right'}});
+  }
   else { layout.margin.b += 16; layout.margin.l += layout.yaxis.type === 'log' && (layout.yaxis.title?.text || '').includes('<br>') ? 30 : 12; layout.margin.r = data.some(E.isCurve) ? 92 : 12; }
 };
 E.draw = (div, figure) => {
@@ -165,7 +171,7 @@ E.tools = (panel, csv, name, code) => {
 # %% ../../nbs/app/03_page.ipynb #99c0bd01
 PANEL = r"""
 E.panel = view => {
-  const p = {root: E.make('article', 'essl-panel'), head: E.make('h3'), finding: E.make('p', 'essl-finding'), readout: E.make('p', 'essl-readout'),
+  const p = {view, root: E.make('article', 'essl-panel'), head: E.make('h3'), finding: E.make('p', 'essl-finding'), readout: E.make('p', 'essl-readout'),
              plot: E.make('div', 'essl-plot'), caption: E.make('p', 'essl-caption'), canvas: E.make('canvas', 'essl-highlight')};
   p.div = E.make('div'); p.div.dataset.still = '1';
   p.plot.append(p.div, p.canvas);
@@ -181,8 +187,7 @@ E.panel = view => {
     E.setTime(view, over ? map.p2l(y) : x, over ? x : null);
   };
   p.div.addEventListener('pointermove', e => { if (!view.pinned && e.pointerType !== 'touch') point(e); });
-  p.div.addEventListener('pointerdown', e => { view.pinned = false; point(e); view.pinned = e.pointerType !== 'touch'; });
-  p.div.addEventListener('pointerleave', () => { view.pinned = false; });
+  p.div.addEventListener('pointerdown', e => { view.pinned = !view.pinned && e.pointerType !== 'touch'; point(e); });
   return p;
 };
 E.row = (p, name) => { const l = p.div._fullLayout, n = l.meta.rows[name]; return l[n === 1 ? 'yaxis' : 'yaxis' + n]; };
@@ -210,7 +215,7 @@ E.highlight = (p, t) => {
   g.scale(r, r);
   row.forEach((v, s) => {
     const a = px(start + (s - .5) * dt), b = px(start + (s + .5) * dt);
-    g.fillStyle = `rgba(0,0,0,${.85 * (1 - lit(v))})`; g.fillRect(a, mel._offset, b - a + .3, mel._length);
+    g.fillStyle = `rgba(0,0,0,${.55 * (1 - lit(v))})`; g.fillRect(a, mel._offset, b - a + .3, mel._length);
   });
   g.strokeStyle = '#fff'; g.lineWidth = 1.5; g.beginPath();
   row.forEach((v, s) => g.lineTo(px(start + s * dt), mel._offset + mel._length * (1 - .45 * lit(v)) - 1));
@@ -225,16 +230,17 @@ E.highlight = (p, t) => {
 
 # %% ../../nbs/app/03_page.ipynb #b9cc39e9
 FRAME = r"""
+E.phonesOf = d => (d.figure.data.find(t => t.meta && t.meta.role === 'phones') || {customdata: []}).customdata; // [label, start, end]
 E.describe = (p, t, s) => {
   const {dt, start, T} = p.data, row = E.rowOf(p, t), total = row.reduce((a, b) => a + b, 0) || 1, here = E.clip(Math.round((t - start) / dt), 0, T - 1);
-  const strip = (p.data.figure.data.find(d => d.meta && d.meta.role === 'phones') || {customdata: []}).customdata.find(d => d[1] <= t && t < d[2]);
+  const strip = E.phonesOf(p.data).find(d => d[1] <= t && t < d[2]);
   let near = 0, sum = row[here];
   while (sum < .5 * total && near < T) { near += 1; sum += (row[here - near] || 0) + (row[here + near] || 0); }
   const best = row.indexOf(row.reduce((a, b) => Math.max(a, b), -1)), share = i => (100 * row[i] / total).toFixed(1) + '\u00a0%';
   let text = `Frame at ${t.toFixed(2)} s${strip ? `, phone ${strip[0]}` : ''}: half of its influence comes from within ±${(near * dt * 1000).toFixed(0)} ms; the strongest is at ${(start + best * dt).toFixed(2)} s (${share(best)})`;
   const i = s === null || s === undefined ? -1 : Math.round((s - start) / dt);
   if (i >= 0 && i < T) text += `; at ${s.toFixed(2)} s ${share(i)}`;
-  p.readout.textContent = text + '.';
+  p.readout.textContent = text + (p.view.pinned ? '; kept, press again to let it go.' : '.');
 };
 E.setTime = (view, t, s) => {
   if (!view.payload || !view.payload.panels.length) return;
@@ -261,7 +267,7 @@ LISTEN = r"""
 E.listen = (element, props, trigger, watch) => {
   const find = s => element.querySelector(s);
   const view = E.views.listen = {root: find('.essl-view'), transcript: find('.essl-transcript'), about: find('.essl-about'), busy: find('.essl-busy'), slider: find('input'),
-    out: find('output'), button: find('.essl-play'), grid: find('.essl-panels'), frame: find('.essl-frame'), panels: [], audio: new Audio(), t: 0, pinned: false, again: () => trigger('again')};
+    out: find('output'), button: find('.essl-play'), grid: find('.essl-panels'), frame: find('.essl-frame'), key: find('.essl-key'), panels: [], audio: new Audio(), t: 0, pinned: false, again: () => trigger('again')};
   view.slider.addEventListener('input', () => E.setTime(view, +view.slider.value));
   view.button.addEventListener('click', () => E.play(view));
   for (const [when, word] of [['play', 'Pause'], ['pause', 'Play'], ['ended', 'Play']]) view.audio.addEventListener(when, () => { view.button.textContent = word; });
@@ -269,19 +275,26 @@ E.listen = (element, props, trigger, watch) => {
   watch('value', show); show();
   if (!props.value) E.watch(view);
 };
+E.firstFrame = d => { // the middle of the longest vowel, of those in the middle of the window where there are some, where there is something to see; where phones are not known, the loudest moment
+  const vowels = E.phonesOf(d.panels[0]).filter(([name]) => /^[aeiou]/i.test(name)).map(([, a, b]) => [(a + b) / 2, b - a]);
+  const inner = vowels.filter(([t]) => Math.abs(t - d.start - .5 * d.seconds) < .25 * d.seconds);
+  if (vowels.length) return (inner.length ? inner : vowels).reduce((best, v) => v[1] > best[1] ? v : best)[0];
+  const wave = d.panels[0].figure.data.find(t => t.meta && t.meta.role === 'wave'), loud = Array.from(E.floats(wave.y.bdata), Math.abs);
+  return E.floats(wave.x.bdata)[loud.indexOf(Math.max(...loud))];
+};
 E.showListen = async (view, d) => {
   E.answered(view, d.note, d.dim);
   if (d.keep) { view.root.dataset.shown = d.stamp; return; }
   view.transcript.textContent = d.transcript; view.about.textContent = d.about;
   const fresh = !view.payload || view.payload.sound !== d.sound || view.payload.start !== d.start;
-  view.payload = d; view.frame.hidden = !d.panels.length;
+  view.payload = d; view.frame.hidden = !d.panels.length; E.key(view.key, d.phone_key || [], new Set());
   if (d.audio && (fresh || !view.audio.src)) { view.audio.pause(); URL.revokeObjectURL(view.audio.src); view.audio.src = URL.createObjectURL(new Blob([E.bytes(d.audio)], {type: 'audio/wav'})); }
   while (view.panels.length < d.panels.length) { const p = E.panel(view); view.panels.push(p); view.grid.append(p.root); }
   view.grid.classList.toggle('two', d.panels.length > 1);
   view.panels.forEach((p, i) => { p.root.hidden = i >= d.panels.length; });
   if (!d.panels.length) return;
   Object.assign(view.slider, {min: d.start, max: d.start + d.panels[0].dt * (d.panels[0].T - 1), step: d.panels[0].dt});
-  if (fresh) view.t = d.start + .4 * d.seconds;
+  if (fresh) view.t = E.firstFrame(d);
   await Promise.all(d.panels.map((data, i) => {
     const p = view.panels[i];
     Object.assign(p, {data, values: E.floats(data.values)});
@@ -397,10 +410,15 @@ def starter(view: str) -> str: # JavaScript for a component's `js_on_load`
 LISTEN_HTML = """<section class="essl-view" aria-label="Mixing map">
 <p class="essl-transcript"></p><p class="essl-about"></p>
 <div class="essl-frame" hidden><label for="essl-frame">Output frame: point at the figure, or use the arrow keys here; the input frames that influence it are highlighted</label>
-<button type="button" class="essl-button essl-play">Play</button><input type="range" id="essl-frame" min="0" max="1" step="0.02"><output for="essl-frame"></output></div>
+<button type="button" class="essl-button essl-play">Play</button><input type="range" id="essl-frame" min="0" max="1" step="0.02"><output for="essl-frame"></output></div><ul class="essl-key" aria-label="Phones in the strip" hidden></ul>
 <p class="essl-busy" role="status">Reading the corpus and computing the first map…</p><div class="essl-panels"></div></section>"""
 LIVE_HTML = """<section class="essl-view" aria-label="Live sound"><p class="essl-transcript"></p><p class="essl-about"></p>
 <p class="essl-busy" role="status"></p><article class="essl-panel"><p class="essl-finding"></p><p class="essl-caption"></p></article></section>"""
+
+
+def error_html(text: str) -> str: # HTML
+    "An error message, shown next to the input that caused it."
+    return f'<p class="essl-error" role="alert">{html.escape(text)}</p>' if text else ""
 
 
 def error_words(e: Exception, way_out: str = "Choose something else") -> str:

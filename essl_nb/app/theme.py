@@ -45,7 +45,7 @@ footer {display: none !important;}
 .essl-layout > * {min-width: 0 !important; width: 100%;}
 .essl-sidebar > .label-wrap {display: none;}
 .essl-sidebar {border: 0 !important; padding: 0 !important; background: none !important;}
-.essl-question h2 {font-size: 20px; font-weight: 600; margin: 8px 0 0;}
+.essl-question h2 {font-size: 20px; font-weight: 600; margin: 8px 0 0;} .essl-question p {margin: 4px 0 0; max-width: 64em;}
 .essl-sidebar .block {overflow: visible;}
 .essl-sidebar .form, .essl-answer .form, .essl-sidebar .column {gap: 12px !important; background: none !important; border: 0 !important; box-shadow: none !important;}
 .essl-layout input[role=combobox] {text-overflow: ellipsis; padding-right: 28px !important;}

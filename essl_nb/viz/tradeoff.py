@@ -24,8 +24,8 @@ from .style import plain_text
 # %% ../../nbs/viz/05_tradeoff.ipynb #ee828800
 RATIO = "attention = 1"  # the unit of a ratio
 COSTS = {  # column: (name, unit, factor)
-    "deployment_macs_per_second": ("arithmetic in use", "GMAC per audio second", 1e-9),
     "deployment_latency_s_ratio": ("latency", RATIO, 1.0),
+    "deployment_macs_per_second": ("arithmetic in use", "GMAC per audio second", 1e-9),
     "deployment_latency_s": ("latency", "ms", 1e3),
     "deployment_rtf": ("real-time factor", "work over audio", 1.0),
     "deployment_peak_bytes": ("memory in use, at its peak", "MiB", 2.0**-20),
