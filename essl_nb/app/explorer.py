@@ -109,7 +109,7 @@ def create_app(
                 gr.HTML("<h2>What does accuracy cost?</h2><p>Each point is an encoder, the same but for what mixes its frames: how well it knows speech, against what it takes to run.</p>", elem_classes="essl-question")
                 compare = compare_tab(studies, own)
             with gr.Tab("Cost", id="cost") as tab:
-                gr.HTML("<h2>What will it cost here?</h2><p>Time and memory of an encoder as speech gets longer, beside attention: as recorded, or measured on this machine.</p>", elem_classes="essl-question")
+                gr.HTML("<h2>What will it cost here?</h2><p>Time and memory of an encoder as speech gets longer, compared with attention: as recorded, or measured on this machine.</p>", elem_classes="essl-question")
                 cost_tab(CostController(studies, jobs), tab)
             with gr.Tab("Stream", id="stream") as tab:
                 gr.HTML("<h2>What does it hear so far?</h2><p>An encoder that works while one speaks: it gets a chunk of sound, and answers before the next one.</p>", elem_classes="essl-question")
