@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'UNTRAINED', 'SCORES', 'NOTHING', 'UNREADABLE', 'EncoderLibrary', 'display_path', 'folder_code',
-           'ReadFolder', 'StudyFile', 'plain_words', 'counted', 'stamp_of', 'state_of', 'setting_of', 'summary_of',
-           'study_label', 'Studies']
+           'ReadFolder', 'StudyFile', 'plain_words', 'counted', 'VisitStudy', 'stamp_of', 'state_of', 'setting_of',
+           'summary_of', 'study_label', 'Studies']
 
 # %% ../../nbs/app/10_library.ipynb #f094050e
 import json
@@ -200,6 +200,25 @@ def plain_words(name: str) -> str:
 def counted(n: int, noun: str) -> str:
     "A number and its noun: `1 seed`, `3 seeds`, `2,000 steps`."
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+class VisitStudy(StudyFile):
+    "A study whose folder is gone with the visit, so that its code names a folder of the reader's."
+
+    @property
+    def display_path(self) -> str:
+        "What the study is called."
+        return "my_study"
+
+    @property
+    def code(self) -> str:
+        "The reader's folder."
+        return repr("my_study")
+
+    @property
+    def imports(self) -> str:
+        "Nothing."
+        return ""
 
 
 SCORES, NOTHING, UNREADABLE = "scores", "nothing", "unreadable"
