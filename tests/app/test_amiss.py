@@ -19,7 +19,7 @@ REFUSED = [*(f for f in FLAGS if not f.startswith("--use-fake-ui")), "--deny-per
 @pytest.mark.parametrize("flags, words", [(NO_DEVICE, "There is no microphone here."), (REFUSED, "The browser refused the microphone")], ids=["none", "refused"])
 def test_no_microphone_is_said_beside_it(tmp_path, flags, words):
     with quiet_page(tmp_path, 1440, flags=flags) as page:
-        page.set_default_timeout(40_000)
+        page.set_default_timeout(120_000)
         page.wait_for_function(READY)
         for tab, box in (("Stream", "#stream-mic"), ("Listen", "#record")):
             page.click(f"button[role=tab]:has-text('{tab}')")
@@ -49,7 +49,7 @@ def grown(folder, rows: int):
 def test_ten_thousand_rows_are_drawn_chosen_from_and_clicked(tmp_path):
     study = grown(tmp_path / "grown", 10_000)
     with quiet_page(tmp_path, 1440, study=study) as page:
-        page.set_default_timeout(40_000)
+        page.set_default_timeout(120_000)
         page.wait_for_function(READY)
         page.click("button[role=tab]:has-text('Compare')")
         page.wait_for_function(SHOWN)
@@ -87,7 +87,7 @@ def neighbours(tmp_path):
 
 def test_every_neighbour_is_answered_and_the_page_lives(tmp_path, neighbours):
     with quiet_page(tmp_path, 1440, study=neighbours) as page:
-        page.set_default_timeout(40_000)
+        page.set_default_timeout(120_000)
         page.wait_for_function(READY)
         page.click("button[role=tab]:has-text('Compare')")
         page.wait_for_function(SHOWN)
