@@ -22,6 +22,7 @@ import torch
 from essl_nb.core.config import from_json, to_json
 from essl_nb.core.files import append_line, read_json
 from essl_nb.core.machine import library_versions, machine_record
+from essl_nb.core.registry import EsslError
 from essl_nb.costs.curves import KEPT
 from essl_nb.costs.macs import encoder_macs
 from essl_nb.mixers.base import baseline_mixer
@@ -42,6 +43,19 @@ def time_of(encoder, raw) -> float: # s, of this thread
     began = time.thread_time()
     encoder.from_features(raw)
     return time.thread_time() - began
+
+
+def able(encoders: dict, raw) -> dict: # those that take this length
+    "Leaves out, and says so, what is not built for so many frames."
+    found = {}
+    for name, encoder in encoders.items():
+        try:
+            with torch.inference_mode():
+                encoder.from_features(raw)
+            found[name] = encoder
+        except EsslError as e:
+            print(f"       {name}: left out: {e}", flush=True)
+    return found
 
 
 def rounds_of(encoders: dict, raw, rounds: int) -> dict: # name → times, one for each round
@@ -71,9 +85,9 @@ def main():
                 machine=machine_record(), versions=library_versions())
     for seconds in map(float, args.seconds.split(",")):
         raw = torch.randn(1, int(100 * seconds), 80, generator=torch.Generator().manual_seed(0))
-        times = rounds_of(encoders, raw, args.rounds)
+        times = rounds_of(able(encoders, raw), raw, args.rounds)
         for name, took in times.items():
-            ratios = {f"over_{other}": statistics.median(a / b for a, b in zip(took, times[other])) for other in beside}
+            ratios = {f"over_{other}": statistics.median(a / b for a, b in zip(took, times[other])) for other in beside if other in times}
             value = dict(seconds=statistics.median(took), macs=encoder_macs(configs[name], seconds)["total"], **ratios)
             append_line(args.grid.parent / "forward.jsonl", dict(what=dict(encoder=name, config=to_json(configs[name]), audio_seconds=seconds), value=value, made=made))
             print(f"{seconds:5g} s  {name:44} {1e3 * value['seconds']:8.1f} ms" + "".join(f"  {r:.2f} of {o.removeprefix('over_')}" for o, r in ratios.items()), flush=True)

@@ -370,8 +370,9 @@ def wire_listen(controller: ListenController, c: dict, asked: list, quiet: dict,
         values = dict(zip(opened, on_open(c["first"].value, 1, INFLUENCE)))
         if getattr(values[c["clip"]], "value", None) is None:
             return values
-        *_, last = controller.draw(CORPUS, values[c["clip"]].value, c["first"].value, "", 1, INFLUENCE, "row", 0, "")
-        return values | {c["view"]: last}
+        asked = (CORPUS, values[c["clip"]].value, c["first"].value, "", 1, INFLUENCE, "row", 0, "")
+        list(controller.draw(*asked))
+        return values | {c["view"]: next(controller.draw(*asked))}  # known by now: the full map and the sound in one message
 
     c["on_encoder"], c["first_view"] = on_encoder, first_view
     return c

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OWN', 'WHO', 'ASKED', 'CONFIG', 'SCORED', 'COSTED', 'with_current_defaults', 'known_rows', 'headline', 'score_fields',
-           'flattened', 'frame_rows', 'results_file', 'row_error', 'line_of', 'checked_rows', 'load_results',
-           'scores_of', 'over_seeds', 'score_table', 'as_text', 'usual_references', 'reference_rows', 'paired_table',
-           'difference', 'draws_of', 'tied_with_best', 'own_figures', 'cost_table', 'cost_points', 'pareto_table',
-           'ship']
+           'flattened', 'options_taken', 'frame_rows', 'results_file', 'row_error', 'line_of', 'checked_rows',
+           'load_results', 'scores_of', 'over_seeds', 'score_table', 'as_text', 'usual_references', 'reference_rows',
+           'paired_table', 'difference', 'draws_of', 'tied_with_best', 'own_figures', 'cost_table', 'cost_points',
+           'pareto_table', 'ship']
 
 # %% ../../nbs/study/04_results.ipynb #ada96836
 import json
@@ -88,6 +88,11 @@ def flattened(value: dict) -> dict:
     return out
 
 
+def options_taken(config: dict | None) -> dict:
+    "A configuration without what is empty, so that an option that came later, and is not taken, makes no other encoder of it."
+    return {k: v for k, v in (config or {}).items() if v not in (None, {}, [])}
+
+
 def frame_rows(row: dict) -> list: # of dicts, one for each score in the row, else one
     "The columns of one fact."
     what, made = row["what"], row["made"]
@@ -105,7 +110,7 @@ def frame_rows(row: dict) -> list: # of dicts, one for each score in the row, el
         step = made.get("seconds_per_step")
         return [{**common, **card, "train_seconds": step * row["value"]["steps"] if step else math.nan}]
     value = row["value"]
-    how = dict(machine=machine_name(value.get("machine") or made.get("machine")), setup=setup_name(value), against=content_hash(value.get("against")))
+    how = dict(machine=machine_name(value.get("machine") or made.get("machine")), setup=setup_name(value), against=content_hash(options_taken(value.get("against"))))
     return [{**common, **card, **how}]
 
 # %% ../../nbs/study/04_results.ipynb #b349035b

@@ -230,6 +230,12 @@ def test_first_paint_is_real(wide):
     assert view(wide, "d.panels[0].step") == 1 and view(wide, "d.seconds") > 1
     assert wide.locator(".essl-transcript").inner_text().startswith("“") and "vowel" in wide.inner_text("#listen-view .essl-key")
     assert re.search(r"phone [AEIOU]", wide.locator(".essl-readout").first.inner_text()), "a vowel is chosen"
+    before = view(wide, "v.t")
+    wide.click(".essl-play")
+    wide.wait_for_selector(".essl-play:has-text('Pause')")
+    wide.wait_for_function(f"() => essl.views.listen.t > {before} + 0.3")
+    wide.click(".essl-play")
+    wide.wait_for_selector(".essl-play:has-text('Play')")
 
 
 def test_pick_a_clip_by_language_and_voice(wide):

@@ -8,7 +8,7 @@ import pytest
 from essl_nb.core.places import study_dir
 from essl_nb.core.registry import EsslError
 from essl_nb.study.choice import LIMITS, choice_lines, choose, choose_encoder, lost_by, note_line, read_limit, use_line, within_limits
-from essl_nb.study.results import draws_of, load_results, scores_of
+from essl_nb.study.results import cost_table, draws_of, load_results, scores_of
 from essl_nb.viz.tradeoff import limit_of, tradeoff_figure
 
 SHARES = dict(large=0.60, middle=0.59, small=0.40, unmeasured=0.80)
@@ -124,3 +124,9 @@ def test_what_few_bits_and_chunks_change_is_said_where_it_was_scored():
     partly = use_line(choice, variants[~variants.probe.str.contains("int8")], "phones", "results/streaming")
     assert partly.endswith("int8: not scored") and partly.startswith("chunks")
     assert use_line(choice, variants.head(0), "phones", "") == use_line(choice, variants, "no such task", "") == ""
+
+
+def test_a_card_that_knows_newer_options_is_compared_with_older_ones():
+    table = cost_table(load_results(study_dir("small")))
+    lacking = table[table.deployment_latency_s_ratio.isna()].encoder.tolist()
+    assert not lacking, f"measured, and not comparable: {lacking}"
