@@ -24,10 +24,11 @@ CONTRASTS = {"nothing": "none", "neighbours": "convolution", "a summary of all":
 
 
 def contrasts(library: EncoderLibrary) -> dict: # what the second encoder mixes: (first, second), keys of the library
-    "Pairs of encoders that show what mixing is: the baseline, and one of each family of `CONTRASTS`; pre-trained ones only."
+    "Pairs of encoders that show what mixing is: the baseline, and the smallest of each family of `CONTRASTS`; pre-trained ones only."
     shipped = library.shipped()
     baseline = next((e.name for e in mixers if e.meta.get("baseline") and e.name in shipped), None)
-    first = {family: next((n for n in shipped if n in mixers and family_of(n) == family), None) for family in CONTRASTS.values()}
+    size = lambda name: (library.folder / name / "model.safetensors").stat().st_size
+    first = {family: min((n for n in shipped if n in mixers and family_of(n) == family), key=size, default=None) for family in CONTRASTS.values()}
     return {words: (TRAINED + baseline, TRAINED + first[family]) for words, family in CONTRASTS.items() if baseline and first[family]}
 
 # %% ../../nbs/app/12_listen_choices.ipynb #507024c0

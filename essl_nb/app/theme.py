@@ -56,7 +56,7 @@ footer {display: none !important;}
 button[role=tab] {color: inherit !important; font-weight: 400;}
 button[role=tab][aria-selected=true] {font-weight: 600;}
 @media (max-width: 560px) {.tab-container {gap: 0 !important;} .tab-container button {padding: 0 4px !important;}}
-#own-encoder {border: 1px solid rgba(128, 128, 128, .5) !important; border-radius: 4px; padding: 8px 12px !important; background: none !important;} #own-encoder > .label-wrap {display: flex; padding: 0;} #own-encoder .block {padding: 0;}
+:is(#own-encoder, #own-study) {border: 1px solid rgba(128, 128, 128, .5) !important; border-radius: 4px; padding: 8px 12px !important; background: none !important;} :is(#own-encoder, #own-study) > .label-wrap {display: flex; padding: 0;} :is(#own-encoder, #own-study) .block {padding: 0;}
 .essl-note {font-size: 13px; opacity: .85; margin: 0;}
 .essl-error {border-left: 4px solid #D55E00; padding: 8px 12px; margin: 0; background: rgba(213, 94, 0, .1); overflow-wrap: anywhere;}
 :focus-visible {outline: 3px solid #0072B2 !important; outline-offset: 2px !important;}
