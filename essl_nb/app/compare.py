@@ -320,7 +320,8 @@ def compare_tab(studies: Studies, own: OwnController | None = None, opener: Stud
     opened = dict(fn=begin, inputs=[*asked, c["link"]], outputs=[*answers, *(c[n] for n in ("log", *FIELDS))], js=TAKE_LINK, **quiet)
     redraw.append(c["view"].again(**opened).then)
     redraw += [after(refresh, asked, answers, **quiet).then for after in (wire_own(own, c, PICKS, shown_probe) if own else ())]
-    redraw += [after(begin, asked, answers, **quiet).then for after in (wire_opener(opener, c) if opener else ())]
+    opened_one = lambda error, *values: {} if error else begin(*values)  # where nothing was opened, a choice made meanwhile stays
+    redraw += [after(opened_one, [c["study_error"], *asked], answers, **quiet).then for after in (wire_opener(opener, c) if opener else ())]
     wire_further(studies, c["chosen"], further)
     wire_picker(c, partial(refresh, but=("error",)), asked, [c[n] for n in updated if n != "error"], quiet)  # the error is about a link
     after, draw = wire_curves(redraw, studies, curves, c, second)

@@ -150,7 +150,7 @@ E.figureView = (name, element, props, watch, file, toggles, again, later) => {
       await E.draw(view.div, d.figure);
       if (view.first) { view.first(); view.first = null; }
     }
-    view.root.dataset.shown = d.stamp;
+    if (view.payload === d) view.root.dataset.shown = d.stamp; // an older one may be drawn last
   };
   watch('value', show); show();
   if (!props.value && !later) E.watch(view);

@@ -72,6 +72,7 @@ E.timeout = 10000; // ms without an answer, after which the page says so
 E.watch = view => {
   clearTimeout(view.timer);
   view.timer = setTimeout(() => {
+    if (!view.payload && !view.asked) { view.asked = true; E.watch(view); view.again(); return; } // an answer that came while its tab was being built is lost: ask once more before a word is said
     const again = E.make('button', 'essl-button', 'Try again', {type: 'button', onclick: () => view.payload ? (E.watch(view), view.again()) : location.reload()});
     view.root.classList.remove('waiting'); view.root.classList.toggle('stale', !!view.payload);
     view.busy.replaceChildren(`No answer for ${E.timeout / 1000} s: many requests at once, or the explorer was stopped. The result is shown when it arrives. `, again);
@@ -304,7 +305,7 @@ E.showListen = async (view, d) => {
     return E.draw(p.div, data.figure);
   }));
   E.setTime(view, view.t);
-  view.root.dataset.shown = d.stamp;
+  if (view.payload === d) view.root.dataset.shown = d.stamp; // an older one may be drawn last
 };
 """
 
@@ -340,7 +341,7 @@ E.showLive = async (view, d) => {
   if (d.audio) { URL.revokeObjectURL(view.audio.src); view.audio.src = URL.createObjectURL(new Blob([E.bytes(d.audio)], {type: 'audio/wav'})); view.audio.play().catch(() => {}); }
   if (view.div.data && Object.keys(view.div._fullLayout.meta.live).length !== Object.keys(d.figure.layout.meta.live).length) Plotly.purge(view.div);
   await E.draw(view.div, d.figure);
-  view.root.dataset.shown = d.stamp; view.root.dataset.playing = d.playing ? '1' : '';
+  if (view.payload === d) { view.root.dataset.shown = d.stamp; view.root.dataset.playing = d.playing ? '1' : ''; }
 };
 """
 

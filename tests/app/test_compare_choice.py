@@ -130,7 +130,7 @@ def test_the_picker_its_link_and_the_label(tmp_path):
         length = page.evaluate("history.length")
         page.click("button:has-text('A phone')")
         page.wait_for_selector("#compare-answer .essl-choice p:has-text('streaming: ')")
-        assert page.locator("#compare-answer .essl-choice > p:not(.essl-note)").count() == 3 and "Not measured" in page.locator("#compare-answer .essl-note").inner_text()
+        assert page.locator("#compare-answer .essl-choice > p:not(.essl-note)").count() == 3 and "The score is that of float32 weights" in page.locator("#compare-answer .essl-note").inner_text()
         page.fill(FIELD.format("deployment_peak_bytes"), "nine")
         page.wait_for_selector("#error-deployment_peak_bytes .essl-error:has-text('no number')")
         assert page.locator(".essl-field .essl-error:visible").count() == 1 and page.evaluate("essl.views.compare.div.data.length") > 20, "the figure stays"

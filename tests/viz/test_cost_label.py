@@ -63,7 +63,8 @@ def test_no_name_is_markup(name):
 def test_a_label_of_the_shipped_study():
     frame = load_results(study_dir("small"))
     costs = cost_table(frame).set_index("encoder")
-    known, new = costs.deployment_latency_s.dropna().index[0], costs.index[costs.deployment_latency_s.isna()][0]
+    known, new = costs.index[:2]
+    frame = frame[(frame.encoder != new) | (frame.kind != "cost")]  # nothing of it was measured
     for name in (known, new):
         svg = cost_label(frame, name, PROBE)
         assert texts(svg)[0] == name and family_colour(mixers.get(name).meta["family"]) in svg
