@@ -72,7 +72,7 @@ E.timeout = 10000; // ms without an answer, after which the page says so
 E.watch = view => {
   clearTimeout(view.timer);
   view.timer = setTimeout(() => {
-    if (!view.payload && !view.asked) { view.asked = true; E.watch(view); view.again(); return; } // an answer that came while its tab was being built is lost: ask once more before a word is said
+    if (!view.payload && view.again && !view.asked) { view.asked = true; E.watch(view); view.again(); return; } // an answer that came while its tab was being built is lost: ask once more before a word is said
     const again = E.make('button', 'essl-button', 'Try again', {type: 'button', onclick: () => view.payload ? (E.watch(view), view.again()) : location.reload()});
     view.root.classList.remove('waiting'); view.root.classList.toggle('stale', !!view.payload);
     view.busy.replaceChildren(`No answer for ${E.timeout / 1000} s: many requests at once, or the explorer was stopped. The result is shown when it arrives. `, again);
