@@ -91,7 +91,7 @@ def create_app(
     from essl_nb.app.clips import Sessions
     from essl_nb.app.compare import compare_tab
     from essl_nb.app.cost import CostController, cost_tab
-    from essl_nb.app.library import EncoderLibrary, Studies, StudyFile
+    from essl_nb.app.library import EncoderLibrary, Studies
     from essl_nb.app.light_gru import LoopController, loop_tab
     from essl_nb.app.listen import ListenController, listen_tab
     from essl_nb.app.live_sound import LiveSound
@@ -133,7 +133,7 @@ def create_app(
             with tab_of("cost") as tab:
                 cost_tab(CostController(studies, jobs), tab)
             with tab_of("stream") as tab:
-                stream_tab(StreamController(live, StudyFile(studies.sibling("streaming")), controller), tab)
+                stream_tab(StreamController(live, studies.neighbour("streaming"), controller), tab)
             with tab_of("light-gru") as tab:
                 loop_tab(LoopController(studies, controller, jobs), tab)
             with tab_of("study") as tab:
