@@ -21,7 +21,7 @@ from .curves import CurvesFile, curves_part, curves_table, second_of, wire_curve
 from .figures import COMPARE_HTML
 from .further import further_part, wire_further
 from .links import TAKE_LINK, link_to, read_link
-from .page import error_html, error_words, message, starter
+from .page import QUIET, error_html, error_words, message, starter
 from .library import Studies, StudyFile, counted, plain_words
 from .open_study import StudyOpener, opener_fields, wire_opener
 from .own_point import OwnController, joined, own_fields, wire_own
@@ -301,7 +301,7 @@ def compare_tab(studies: Studies, own: OwnController | None = None, opener: Stud
     c["link"] = gr.Textbox("", visible=False)
     names = [*LINKED, *(["own"] if own else [])]
     updated = ["study", "view", *PICKS, "machine", "cost", "untrained", "chosen", "listen", "card", "answer", "label", "error", *("error_" + b for b in BUDGETS)]
-    asked, answers, quiet = [c[n] for n in names], [c[n] for n in updated], dict(api_visibility="private", show_progress="hidden")
+    asked, answers = [c[n] for n in names], [c[n] for n in updated]
 
     def refresh(*values, fresh=False, but=()):
         return {c[n]: update for n, update in compare_updates(studies, curves, dict(zip([*names, "link"], values)), fresh).items() if n not in but}
@@ -312,21 +312,21 @@ def compare_tab(studies: Studies, own: OwnController | None = None, opener: Stud
     begin, redraw = partial(refresh, fresh=True), []
     for name in LINKED[: -len(FIELDS)]:
         wait = dict(js="(...all) => { window.essl && essl.busy('compare', 'Reading the study…'); return all; }") if name in ("study", *PICKS, "cost", "machine") else {}
-        done = c[name].input(begin if name == "study" else refresh, asked, answers, trigger_mode="always_last", **wait, **quiet)
+        done = c[name].input(begin if name == "study" else refresh, asked, answers, trigger_mode="always_last", **wait, **QUIET)
         redraw += [done.then] if name in ("study", "chosen") else []
-    redraw.append(c["view"].pick(pick, None, c["chosen"], **quiet).then(refresh, asked, answers, **quiet).then)
+    redraw.append(c["view"].pick(pick, None, c["chosen"], **QUIET).then(refresh, asked, answers, **QUIET).then)
     for chosen in (c["study"].input, c["chosen"].input, c["view"].pick):  # in the browser, at once: a response still on its way must not remove a later message
-        chosen(None, None, c["no_listen"], js="() => ''", **quiet)
-    opened = dict(fn=begin, inputs=[*asked, c["link"]], outputs=[*answers, *(c[n] for n in ("log", *FIELDS))], js=TAKE_LINK, **quiet)
+        chosen(None, None, c["no_listen"], js="() => ''", **QUIET)
+    opened = dict(fn=begin, inputs=[*asked, c["link"]], outputs=[*answers, *(c[n] for n in ("log", *FIELDS))], js=TAKE_LINK, **QUIET)
     redraw.append(c["view"].again(**opened).then)
-    redraw += [after(refresh, asked, answers, **quiet).then for after in (wire_own(own, c, PICKS, shown_probe) if own else ())]
+    redraw += [after(refresh, asked, answers, **QUIET).then for after in (wire_own(own, c, PICKS, shown_probe) if own else ())]
     opened_one = lambda error, *values: {} if error else begin(*values)  # where nothing was opened, a choice made meanwhile stays
-    redraw += [after(opened_one, [c["study_error"], *asked], answers, **quiet).then for after in (wire_opener(opener, c) if opener else ())]
+    redraw += [after(opened_one, [c["study_error"], *asked], answers, **QUIET).then for after in (wire_opener(opener, c) if opener else ())]
     wire_further(studies, c["chosen"], further)
-    wire_picker(c, partial(refresh, but=("error",)), asked, [c[n] for n in updated if n != "error"], quiet)  # the error is about a link
+    wire_picker(c, partial(refresh, but=("error",)), asked, [c[n] for n in updated if n != "error"])  # the error is about a link
     after, draw = wire_curves(redraw, studies, curves, c, second)
     c["open"] = lambda app: after(app.load(**opened).then)
-    c["reopen"] = lambda event: after(event.then(begin, asked, answers, **quiet).then)  # after another tab has chosen the study
+    c["reopen"] = lambda event: after(event.then(begin, asked, answers, **QUIET).then)  # after another tab has chosen the study
 
     def first_view() -> dict: # component -> update
         first = {c[n]: update for n, update in compare_updates(studies, curves, {n: c[n].value for n in names}, True).items()}

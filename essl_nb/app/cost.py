@@ -17,7 +17,7 @@ import pandas as pd
 from .cards import CardsFile, cards_document, cards_html
 from .curves import CurvesFile
 from .library import Studies
-from .page import error_html, error_words, message
+from .page import QUIET, error_html, error_words, message
 from .plots import plots_html, plots_starter
 from .work import DONE, FAILED, STOPPED, Jobs, progress_text
 from ..core.machine import machine_name, machine_record
@@ -280,7 +280,6 @@ def wire_cost(controller: CostController, tab, c: dict) -> dict: # the component
     "Connect each choice to its callbacks."
     import gradio as gr
 
-    quiet = dict(api_visibility="private", show_progress="hidden")
     names = ["show", *(f"{w}_{f}" for w in "ab" for f in FIELDS), "seconds", "scale"]
     asked = [*(c[n] for n in names), c["measured"]]
     form = lambda values: dict(zip(names, values))
@@ -331,14 +330,14 @@ def wire_cost(controller: CostController, tab, c: dict) -> dict: # the component
 
     drawn = [c["view"], c["error"], c["card"], c["document"]]
     working = [*drawn, c["measured"], c["measure"], c["make_cards"], c["stop"], c["show"], c["machine"], c["card_note"]]
-    tab.select(fill, [c["filled"], *asked], [*drawn, c["a_mixer"], c["filled"], c["machine"]], **quiet)
+    tab.select(fill, [c["filled"], *asked], [*drawn, c["a_mixer"], c["filled"], c["machine"]], **QUIET)
     for n in ("show", "a_mixer", "b_mixer", "scale"):
-        c[n].input(draw, asked, drawn, trigger_mode="always_last", **busy, **quiet)
+        c[n].input(draw, asked, drawn, trigger_mode="always_last", **busy, **QUIET)
     for n in ("a_width", "a_depth", "a_block", "a_bits"):
-        c[n].change(lambda *values: cards(form(values[:-1]), values[-1]), asked, [c["card"], c["document"]], trigger_mode="always_last", **quiet)
-    c["view"].again(draw, asked, drawn, **quiet)
-    work = dict(concurrency_id="work", concurrency_limit=16, **quiet)
+        c[n].change(lambda *values: cards(form(values[:-1]), values[-1]), asked, [c["card"], c["document"]], trigger_mode="always_last", **QUIET)
+    c["view"].again(draw, asked, drawn, **QUIET)
+    work = dict(concurrency_id="work", concurrency_limit=16, **QUIET)
     c["measure"].click(run("measuring"), asked, working, **work)
     c["make_cards"].click(run("carding"), asked, working, **work)
-    c["stop"].click(stop, None, None, **quiet)
+    c["stop"].click(stop, None, None, **QUIET)
     return c

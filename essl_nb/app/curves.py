@@ -14,7 +14,7 @@ import time
 import pandas as pd
 
 from .figures import CURVES_HTML
-from .page import error_words, message, starter
+from .page import QUIET, error_words, message, starter
 from .library import ReadFolder, Studies, plain_words
 from ..core.registry import EsslError
 from ..costs.curves import FRAMES
@@ -154,7 +154,7 @@ def wire_curves(events, studies: Studies, file: CurvesFile, compare: dict, c: di
     "Draw the curves after these events, and after their own choices."
     import gradio as gr
 
-    picks, quiet = [c[p] for p in CURVE_PICKS], dict(api_visibility="private", show_progress="hidden")
+    picks = [c[p] for p in CURVE_PICKS]
 
     def draw(study, encoder, *values):
         try:
@@ -166,7 +166,7 @@ def wire_curves(events, studies: Studies, file: CurvesFile, compare: dict, c: di
         return gr.Row(visible=False), *[gr.skip()] * len(picks), message(dict(finding=error, caption="", code="", stamp=time.time_ns()))
 
     asked, answers = [compare["study"], compare["chosen"], *picks], second_of(c)
-    after = lambda event: event(draw, asked, answers, trigger_mode="always_last", **quiet)
+    after = lambda event: event(draw, asked, answers, trigger_mode="always_last", **QUIET)
     for event in [*events, *(pick.input for pick in picks)]:
         after(event)
     return after, draw

@@ -220,9 +220,8 @@ def connect(app, tabs, controller, studies, listen: dict, compare: dict, leaving
     import gradio as gr
 
     from essl_nb.app.library import TRAINED
-    from essl_nb.app.page import error_html
+    from essl_nb.app.page import QUIET, error_html
 
-    quiet = dict(api_visibility="private", show_progress="hidden")
 
     def refuse(why):
         return *[gr.skip()] * 4, error_html(why)
@@ -242,7 +241,7 @@ def connect(app, tabs, controller, studies, listen: dict, compare: dict, leaving
 
     listen["open"](app)
     compare["open"](app)
-    opened = compare["listen"].click(open_in_listen, [compare["study"], compare["chosen"], listen["layer"], listen["kind"]], [tabs, listen["first"], listen["layer"], listen["kind"], compare["no_listen"]], **quiet)
+    opened = compare["listen"].click(open_in_listen, [compare["study"], compare["chosen"], listen["layer"], listen["kind"]], [tabs, listen["first"], listen["layer"], listen["kind"], compare["no_listen"]], **QUIET)
     listen["after"](opened)
     app.unload(leave)
 
@@ -251,7 +250,7 @@ def connect_study(tabs, runs, study: dict, compare: dict): # runs: a StudyContro
     "Open a visit's own study in *Compare*, for this visit alone."
     import gradio as gr
 
-    from essl_nb.app.page import error_html
+    from essl_nb.app.page import QUIET, error_html
 
     def open_in_compare(request: gr.Request):
         try:
@@ -260,8 +259,7 @@ def connect_study(tabs, runs, study: dict, compare: dict): # runs: a StudyContro
             return gr.skip(), gr.skip(), error_html(str(e))
         return gr.Tabs(selected="compare"), gr.Dropdown(choices=runs.studies.choices(key), value=key), ""
 
-    quiet = dict(api_visibility="private", show_progress="hidden")
-    compare["reopen"](study["compare"].click(open_in_compare, None, [tabs, compare["study"], study["progress"]], **quiet))
+    compare["reopen"](study["compare"].click(open_in_compare, None, [tabs, compare["study"], study["progress"]], **QUIET))
 
 # %% ../../nbs/app/26_explorer.ipynb #2116dde0
 def essl_explore(

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .figures import FIGURE_HTML
 from .library import Studies, counted, folder_code, plain_words
-from .page import error_words, message, starter
+from .page import QUIET, error_words, message, starter
 from ..core.registry import EsslError
 from ..study.across_machines import QUANTITIES, machine_ratios, ratios_of
 from ..study.scaling import ALONG, lacking, scaling
@@ -152,7 +152,7 @@ def wire_further(studies: Studies, chosen, c: dict): # chosen: the list of encod
     "Fill the parts when they are unfolded, and after their choices."
     import gradio as gr
 
-    files, quiet = FurtherFiles(studies), dict(api_visibility="private", show_progress="hidden")
+    files = FurtherFiles(studies)
 
     def draw(make, lists, view, names):
         def callback(encoder, *values):
@@ -172,4 +172,4 @@ def wire_further(studies: Studies, chosen, c: dict): # chosen: the list of encod
         callback, asked, answers = draw(make, lists, view, names), [chosen, *(c[n] for n in names)], [c[view], *(c[n] for n in lists)]
         events = [c[part].expand, *(c[n].input for n in names), c[view].again]
         for event in events:
-            event(callback, asked, answers, **quiet)
+            event(callback, asked, answers, **QUIET)

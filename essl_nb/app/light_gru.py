@@ -21,7 +21,7 @@ from .clips import LRUCache, clip_choices, corpus_sound
 from .cost import KEEP, machine_html
 from .library import TRAINED, UNTRAINED, Studies, folder_code
 from .listen import ListenController, import_lines, other_lines, transcript
-from .page import error_html, error_words, message
+from .page import QUIET, error_html, error_words, message
 from .plots import own_starter, plots_html, plots_starter
 from .work import DONE, FAILED, STOPPED, Jobs, progress_text
 from ..core.registry import EsslError
@@ -212,7 +212,7 @@ E.gates = (element, props, trigger, watch) => {
     find('.essl-frame').hidden = panel.hidden = false;
     view.div.setAttribute('aria-label', `${d.finding} The slider above chooses the frame.`);
     await E.draw(view.div, d.figure);
-    view.root.dataset.shown = d.stamp;
+    if (view.payload === d) view.root.dataset.shown = d.stamp; // an older one may be drawn last
   };
   watch('value', show); show();
 };
@@ -321,7 +321,6 @@ def wire_loops(controller: LoopController, tab, c: dict) -> dict: # the componen
     "Connect each choice to its callbacks."
     import gradio as gr
 
-    quiet = dict(api_visibility="private", show_progress="hidden")
     form, cell = ("place", "pass", "frames", "units", "batch", "slow"), ("clip", "encoder", "layer", "backward")
     asked, chosen = [*(c[n] for n in form), c["measured"]], [c[n] for n in cell]
 
@@ -371,15 +370,15 @@ def wire_loops(controller: LoopController, tab, c: dict) -> dict: # the componen
         return gr.Radio(choices=layers, value=min(int(layer or 1), layers[-1]))
 
     busy = lambda view, words: dict(js=f"(...all) => {{ window.essl && essl.busy('{view}', '{words}'); return all; }}")
-    tab.select(fill, [c["filled"], *asked], [c["view"], c["gates"], c["filled"], c["machine"], c["place"], c["gates_error"], c["clip"], c["encoder"], c["layer"]], **quiet)
+    tab.select(fill, [c["filled"], *asked], [c["view"], c["gates"], c["filled"], c["machine"], c["place"], c["gates_error"], c["clip"], c["encoder"], c["layer"]], **QUIET)
     for n in ("place", "pass"):
-        c[n].input(draw, asked, c["view"], trigger_mode="always_last", **busy("loops", "Reading the timings…"), **quiet)
-    c["view"].again(draw, asked, c["view"], **quiet)
+        c[n].input(draw, asked, c["view"], trigger_mode="always_last", **busy("loops", "Reading the timings…"), **QUIET)
+    c["view"].again(draw, asked, c["view"], **QUIET)
     outputs = [c["gates"], c["gates_error"]]
     for n in ("clip", "layer", "backward"):
-        c[n].input(draw_gates, chosen, outputs, trigger_mode="always_last", **busy("gates", "Computing the gates…"), **quiet)
-    c["encoder"].input(on_encoder, [c["encoder"], c["layer"]], c["layer"], **quiet).then(draw_gates, chosen, outputs, **busy("gates", "Computing the gates…"), **quiet)
-    c["gates"].again(draw_gates, chosen, outputs, **quiet)
-    c["measure"].click(run, asked, [c["view"], c["error"], c["measured"], c["measure"], c["stop"], c["machine"], c["place"]], concurrency_id="work", concurrency_limit=16, **quiet)
-    c["stop"].click(stop, None, None, **quiet)
+        c[n].input(draw_gates, chosen, outputs, trigger_mode="always_last", **busy("gates", "Computing the gates…"), **QUIET)
+    c["encoder"].input(on_encoder, [c["encoder"], c["layer"]], c["layer"], **QUIET).then(draw_gates, chosen, outputs, **busy("gates", "Computing the gates…"), **QUIET)
+    c["gates"].again(draw_gates, chosen, outputs, **QUIET)
+    c["measure"].click(run, asked, [c["view"], c["error"], c["measured"], c["measure"], c["stop"], c["machine"], c["place"]], concurrency_id="work", concurrency_limit=16, **QUIET)
+    c["stop"].click(stop, None, None, **QUIET)
     return c

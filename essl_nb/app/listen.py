@@ -22,7 +22,7 @@ import soundfile
 from .clips import MB, RATE, UNKNOWN, Line, LRUCache, Sessions, Sound, clip_choices, corpus_sound, language_choices, uploaded_sound, voice_choices
 from .library import EncoderLibrary
 from .listen_choices import CORPUS, OWN, WINDOW, clip_update, encoder_choices, listen_sidebar, start_slider
-from .page import LISTEN_HTML, error_html, error_words, message, starter
+from .page import FILES, LISTEN_HTML, QUIET, error_html, error_words, message, starter
 from .uploads import Uploads
 from ..core.memory import give_back
 from ..core.registry import EsslError
@@ -292,7 +292,6 @@ def listen_tab(controller: ListenController) -> dict: # name -> component, "view
         with gr.Column():
             c["view"] = gr.HTML("", html_template=LISTEN_HTML, js_on_load=starter("listen"), apply_default_css=False, elem_id="listen-view")
     asked = [c[k] for k in ("source", "clip", "first", "second", "layer", "kind", "scale", "start", "shown")]
-    quiet = dict(api_visibility="private", show_progress="hidden")
     busy = "(...a) => { if (window.essl) { essl.busy('listen', 'Computing the map…'); a[8] = essl.shown('listen'); } return a; }"
 
     async def draw(source, clip, first, second, layer, kind, scale, start, shown, request: gr.Request):
@@ -310,13 +309,13 @@ def listen_tab(controller: ListenController) -> dict: # name -> component, "view
 
     def after(event): # an event, or the trigger of one
         event = getattr(event, "then", event)
-        event(draw, asked, [c["view"], c["error"]], js=busy, concurrency_id="maps", concurrency_limit=64, trigger_mode="always_last", **quiet)
+        event(draw, asked, [c["view"], c["error"]], js=busy, concurrency_id="maps", concurrency_limit=64, trigger_mode="always_last", **QUIET)
 
     c["draw"], c["after"] = draw, after
-    return wire_listen(controller, c, asked, quiet, after)
+    return wire_listen(controller, c, asked, after)
 
 # %% ../../nbs/app/13_listen.ipynb #38d01e8b
-def wire_listen(controller: ListenController, c: dict, asked: list, quiet: dict, after) -> dict: # the components
+def wire_listen(controller: ListenController, c: dict, asked: list, after) -> dict: # the components
     "Connect each choice to its callbacks."
     import gradio as gr
 
@@ -350,20 +349,20 @@ def wire_listen(controller: ListenController, c: dict, asked: list, quiet: dict,
 
     opened = [c["language"], c["voice"], c["clip"], c["layer"], c["kind"], c["error"]]
     place, sound = [c["language"], c["voice"], c["split"]], [c["source"], c["clip"]]
-    then_sound = lambda event: after(event.then(on_sound, sound, c["start"], **quiet))
+    then_sound = lambda event: after(event.then(on_sound, sound, c["start"], **QUIET))
     for name in ("language", "voice", "split"):
-        then_sound(c[name].input(on_voice, place, [c["voice"], c["clip"]], **quiet))
-    after(c["clip"].input(on_sound, sound, c["start"], **quiet))
-    then_sound(c["source"].input(on_source, c["source"], [c["corpus_box"], c["own_box"]], **quiet))
+        then_sound(c[name].input(on_voice, place, [c["voice"], c["clip"]], **QUIET))
+    after(c["clip"].input(on_sound, sound, c["start"], **QUIET))
+    then_sound(c["source"].input(on_source, c["source"], [c["corpus_box"], c["own_box"]], **QUIET))
     for name, taken in (("own", on_upload), ("record", on_record)):
-        then_sound(c[name].change(taken, c[name], c["error"], **quiet))
-    after(c["first"].input(on_encoder, [c["first"], c["layer"], c["kind"]], [c["layer"], c["kind"]], **quiet))
+        then_sound(c[name].change(taken, c[name], c["error"], **FILES))
+    after(c["first"].input(on_encoder, [c["first"], c["layer"], c["kind"]], [c["layer"], c["kind"]], **QUIET))
     for name in ("second", "layer", "kind", "scale", "start"):
         after(c[name].input)
     for button, first, second in c["contrasts"].values():
-        pressed = button.click(lambda layer, kind, pair=(first, second): (*pair, *encoder_choices(controller.library, pair[0], layer, kind)), [c["layer"], c["kind"]], [c["first"], c["second"], c["layer"], c["kind"]], **quiet)
+        pressed = button.click(lambda layer, kind, pair=(first, second): (*pair, *encoder_choices(controller.library, pair[0], layer, kind)), [c["layer"], c["kind"]], [c["first"], c["second"], c["layer"], c["kind"]], **QUIET)
         after(pressed)
-    c["open"] = lambda app: after(app.load(on_open, [c["first"], c["layer"], c["kind"]], opened, **quiet))
+    c["open"] = lambda app: after(app.load(on_open, [c["first"], c["layer"], c["kind"]], opened, **QUIET))
     after(c["view"].again)
 
     def first_view() -> dict: # component -> update

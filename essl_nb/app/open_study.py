@@ -14,7 +14,7 @@ from threading import Lock
 
 from .clips import MB
 from .library import Studies, StudyFile, VisitStudy
-from .page import error_html, error_words
+from .page import QUIET, error_html, error_words, path_of
 from .uploads import Uploads
 from ..core.registry import EsslError
 
@@ -97,14 +97,13 @@ def wire_opener(opener: StudyOpener, c: dict) -> list: # events after which the 
     "Connect the fields."
     import gradio as gr
 
-    quiet = dict(api_visibility="private", show_progress="hidden")
 
     def on_open(request: gr.Request, typed, sent):
         try:
-            key = opener.open(request.session_hash, typed, sent)
+            key = opener.open(request.session_hash, typed, path_of(sent))
         except Exception as e:
             return gr.skip(), error_html(error_words(e, "Open another one")), None
         return gr.Dropdown(choices=opener.studies.choices(key), value=key), "", None
 
     asked, shown = [c["study_path"], c["study_file"]], [c["study"], c["study_error"], c["study_file"]]
-    return [event(on_open, asked, shown, **quiet).then for event in (c["study_open"].click, c["study_path"].submit)]
+    return [event(on_open, asked, shown, **QUIET).then for event in (c["study_open"].click, c["study_path"].submit)]

@@ -21,7 +21,7 @@ import pandas as pd
 from .access import LOOPBACK
 from .clips import LRUCache
 from .library import Studies, StudyFile, display_path, setting_of
-from .page import error_html, error_words
+from .page import QUIET, error_html, error_words, path_of
 from .uploads import MB, Uploads
 from .work import DONE, FAILED, STOPPED, Jobs, duration_words, progress_text
 from ..core.registry import EsslError
@@ -224,11 +224,10 @@ def wire_own(controller: OwnController, c: dict, picks: list, probe_of) -> tuple
     "Connect the fields."
     import gradio as gr
 
-    quiet = dict(api_visibility="private", show_progress="hidden")
     said = lambda text: f'<p class="essl-note" role="status">{html.escape(text)}</p>' if text else ""
 
     def run(request: gr.Request, study, typed, sent_config, sent_weights, own, *values):
-        wanted, paths = dict(zip(picks, values)), [p for p in (sent_config, sent_weights) if p]
+        wanted, paths = dict(zip(picks, values)), [path_of(p) for p in (sent_config, sent_weights) if p]
         for found, own in controller.measuring(study, lambda s: probe_of(s, wanted), typed, paths, own, request.session_hash):
             out = {c["own"]: own, c["own_note"]: said(found["note"])}
             if "error" in found:
@@ -248,7 +247,7 @@ def wire_own(controller: OwnController, c: dict, picks: list, probe_of) -> tuple
 
     asked = [c["study"], c["own_path"], c["own_config"], c["own_weights"], c["own"], *(c[p] for p in picks)]
     shown = [c[n] for n in ("own", "own_note", "own_error", "own_run", "own_stop", "own_remove", "own_config", "own_weights", "chosen")]
-    ran = c["own_run"].click(run, asked, shown, concurrency_id="work", concurrency_limit=16, **quiet)
-    c["own_stop"].click(stop, None, None, **quiet)
-    removed = c["own_remove"].click(remove, None, [c["own"], c["own_note"], c["own_error"], c["own_remove"]], **quiet)
+    ran = c["own_run"].click(run, asked, shown, concurrency_id="work", concurrency_limit=16, **QUIET)
+    c["own_stop"].click(stop, None, None, **QUIET)
+    removed = c["own_remove"].click(remove, None, [c["own"], c["own_note"], c["own_error"], c["own_remove"]], **QUIET)
     return ran.then, removed.then

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOOLS', 'WAITING', 'LARGE', 'DRAW', 'PANEL', 'HIGHLIGHT', 'FRAME', 'LISTEN', 'LIVE', 'ADDED', 'PLOTLY_JS', 'SCRIPT',
-           'LISTEN_HTML', 'LIVE_HTML', 'head', 'starter', 'error_html', 'error_words', 'message']
+           'QUIET', 'FILES', 'LISTEN_HTML', 'LIVE_HTML', 'head', 'starter', 'path_of', 'error_html', 'error_words',
+           'message']
 
 # %% ../../nbs/app/03_page.ipynb #6ecc70fc
 import html
@@ -72,7 +73,6 @@ E.timeout = 10000; // ms without an answer, after which the page says so
 E.watch = view => {
   clearTimeout(view.timer);
   view.timer = setTimeout(() => {
-    if (!view.payload && view.again && !view.asked) { view.asked = true; E.watch(view); view.again(); return; } // an answer that came while its tab was being built is lost: ask once more before a word is said
     const again = E.make('button', 'essl-button', 'Try again', {type: 'button', onclick: () => view.payload ? (E.watch(view), view.again()) : location.reload()});
     view.root.classList.remove('waiting'); view.root.classList.toggle('stale', !!view.payload);
     view.busy.replaceChildren(`No answer for ${E.timeout / 1000} s: many requests at once, or the explorer was stopped. The result is shown when it arrives. `, again);
@@ -406,6 +406,15 @@ def head() -> str: # HTML for the page's head
 def starter(view: str) -> str: # JavaScript for a component's `js_on_load`
     "Start a view as soon as the scripts of the head are loaded. The quoted words declare the events to Gradio."
     return f"/* 'pick' 'again' */ const begin = () => (window.essl && window.Plotly) ? essl.{view}(element, props, trigger, watch) : setTimeout(begin, 30); begin();"
+
+# %% ../../nbs/app/03_page.ipynb #e5993810
+QUIET = dict(api_visibility="private", show_progress="hidden", preprocess=False)
+FILES = QUIET | dict(preprocess=True)
+
+
+def path_of(sent) -> str | None: # a file as the page sends it
+    "The path of an uploaded file."
+    return sent.get("path") if isinstance(sent, dict) else sent
 
 # %% ../../nbs/app/03_page.ipynb #1d3cc329
 LISTEN_HTML = """<section class="essl-view" aria-label="Mixing map">

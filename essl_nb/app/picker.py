@@ -12,7 +12,7 @@ import html
 import json
 
 from .library import StudyFile, plain_words
-from .page import error_html
+from .page import QUIET, error_html
 from ..core.registry import EsslError
 from ..study.choice import FORMS, choice_lines, choose, is_speed, note_line, use_line
 from ..viz.cost_label import label_of_tables
@@ -151,10 +151,10 @@ def label_part(): # a component
     return gr.HTML("", html_template=LABEL_HTML, js_on_load=LABEL_JS, apply_default_css=False, elem_id="cost-label")
 
 
-def wire_picker(c: dict, refresh, asked: list, answers: list, quiet: dict):
+def wire_picker(c: dict, refresh, asked: list, answers: list):
     "A preset fills in all fields; when fields change, by whomever, the answer follows once."
     import gradio as gr
 
     for name, button in c["presets"].items():
-        button.click(lambda name=name: preset_values(name), None, [c[f] for f in FIELDS], **quiet)
-    gr.on([c[f].change for f in FIELDS], refresh, asked, answers, trigger_mode="always_last", **quiet)
+        button.click(lambda name=name: preset_values(name), None, [c[f] for f in FIELDS], **QUIET)
+    gr.on([c[f].change for f in FIELDS], refresh, asked, answers, trigger_mode="always_last", **QUIET)

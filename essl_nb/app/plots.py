@@ -42,7 +42,7 @@ E.plots = (name, element, props, trigger, watch, file) => {
       p.div.setAttribute('aria-label', `${figures[i].title}. ${d.hint || ''}`);
       await E.draw(p.div, figures[i].figure);
     }
-    view.root.dataset.shown = d.stamp;
+    if (view.payload === d) view.root.dataset.shown = d.stamp; // an older one may be drawn last
   };
   watch('value', show); show();
   if (!props.value && view.root.offsetParent) E.watch(view);

@@ -21,7 +21,7 @@ from .library import TRAINED, ReadFolder, StudyFile, plain_words
 from .listen_choices import CORPUS, OWN
 from .listen import import_lines, other_lines, transcript, unchanged, wave_file
 from .live_sound import LONGEST_LIVE, TICK, LiveSound, PhoneFollower, Recording, first_encoder, so_far, tick_values
-from .page import LIVE_HTML, error_html, error_words, message, starter
+from .page import FILES, LIVE_HTML, QUIET, error_html, error_words, message, path_of, starter
 from ..core.registry import EsslError
 from ..costs.live import LiveEncoding, live_encoding
 from ..mixers.base import family_of
@@ -347,7 +347,6 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     "Connect each choice to its callback."
     import gradio as gr
 
-    quiet = dict(api_visibility="private", show_progress="hidden")
     asked, drawn = [c[n] for n in ("source", "clip", "key", "ahead", "part")], [c["view"], c["error"]]
     busy = lambda text: f"(...a) => {{ window.essl && essl.busy('live', {json.dumps(text)}); return a; }}"
     half, play, uploaded = [guarded(m)[0] for m in (controller.half_played, controller.play, controller.uploaded)]
@@ -379,8 +378,8 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     def on_source(source):
         return gr.Column(visible=source == CORPUS), gr.Column(visible=source == OWN)
 
-    async def on_upload(path, source, clip, key, ahead, part, request: gr.Request):
-        async for shown in uploaded(path, source, clip, key, ahead, part, request.session_hash):
+    async def on_upload(sent, source, clip, key, ahead, part, request: gr.Request):
+        async for shown in uploaded(path_of(sent), source, clip, key, ahead, part, request.session_hash):
             yield shown
 
     def on_select(shown):
@@ -395,19 +394,19 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
             async for value in half(source, clip, key, ahead, part, request.session_hash):
                 yield value
 
-    draw = dict(concurrency_id="live", concurrency_limit=16, **quiet)
+    draw = dict(concurrency_id="live", concurrency_limit=16, **QUIET)
     flag = "(...a) => { const v = window.essl && essl.views.live; a[0] = v && v.payload ? '1' : ''; if (v && !v.payload) essl.busy('live', 'Listening to half a clip…'); return a; }"
-    tab.select(on_select, c["shown"], [c["clip"], c["part"], c["key"], c["costs"]], js=flag, **quiet).then(on_first, [c["shown"], *asked], drawn, js=flag, **draw)
+    tab.select(on_select, c["shown"], [c["clip"], c["part"], c["key"], c["costs"]], js=flag, **QUIET).then(on_first, [c["shown"], *asked], drawn, js=flag, **draw)
     for name in ("clip", "key", "ahead", "part"):
         c[name].input(on_half, asked, drawn, js=busy("Listening to half of it…"), trigger_mode="always_last", **draw)
     for name in ("key", "ahead"):
-        c[name].input(on_costs, [c["key"], c["ahead"]], c["costs"], **quiet)
-    c["source"].input(on_source, c["source"], [c["corpus_box"], c["own_box"]], **quiet)
+        c[name].input(on_costs, [c["key"], c["ahead"]], c["costs"], **QUIET)
+    c["source"].input(on_source, c["source"], [c["corpus_box"], c["own_box"]], **QUIET)
     c["own"].change(on_upload, [c["own"], *asked], drawn, **draw)
     c["play"].click(on_play, asked, drawn, js=busy("Waiting for the first chunk…"), trigger_mode="multiple", **draw)
     c["view"].again(on_half, asked, drawn, **draw)
-    c["stop"].click(on_stop, None, None, **quiet)
-    c["mic"].start_recording(on_begin, None, None, **quiet)
-    c["mic"].stream(on_record, [c["mic"], c["key"], c["ahead"], c["part"]], drawn, stream_every=MIC_EVERY, time_limit=int(LONGEST_LIVE), concurrency_limit=2, **quiet)
-    c["mic"].stop_recording(on_end, [c["key"], c["part"]], drawn, **quiet)
+    c["stop"].click(on_stop, None, None, **QUIET)
+    c["mic"].start_recording(on_begin, None, None, **QUIET)
+    c["mic"].stream(on_record, [c["mic"], c["key"], c["ahead"], c["part"]], drawn, stream_every=MIC_EVERY, time_limit=int(LONGEST_LIVE), concurrency_limit=2, **FILES)
+    c["mic"].stop_recording(on_end, [c["key"], c["part"]], drawn, **QUIET)
     return c

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .figures import FIGURE_HTML
 from .library import Studies, VisitStudy, counted, display_path, folder_code, plain_words
-from .page import error_html, error_words, message, starter
+from .page import QUIET, error_html, error_words, message, starter
 from .small_study import MOST_SECONDS, OwnStudy, estimated_seconds, form_grid, offered_probes, run_small_study
 from .work import Jobs, duration_words, progress_text
 from ..core.registry import EsslError
@@ -254,7 +254,6 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
     "Connect each choice to its callback."
     import gradio as gr
 
-    quiet = dict(api_visibility="private", show_progress="hidden")
     form, drawn = [c[n] for n in ("names", "steps", "width", "seeds", "probe")], [c["chosen"], c["view"], c["alarms"]]
 
     def draw(source, chosen, session):
@@ -304,14 +303,14 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
         return sentence(lambda: text), gr.skip() if runs else gr.Timer(active=False), *(draw(source, chosen, request.session_hash) if new or (source == OWN and not runs) else [gr.skip()] * 3)
 
     flag = "(...a) => { const v = window.essl && essl.views.health; a[0] = v && v.payload ? '1' : ''; if (v && !v.payload) essl.busy('health', 'Reading the curves…'); return a; }"
-    tab.select(on_select, [c["shown"], *form[:4]], [c["source"], *drawn, c["probe"], c["estimate"]], js=flag, **quiet)
+    tab.select(on_select, [c["shown"], *form[:4]], [c["source"], *drawn, c["probe"], c["estimate"]], js=flag, **QUIET)
     for one in (c["source"].input, c["chosen"].input):
-        one(on_source, [c["source"], c["chosen"]], drawn, trigger_mode="always_last", **quiet)
-    c["view"].pick(on_pick, None, c["chosen"], **quiet).then(on_source, [c["source"], c["chosen"]], drawn, **quiet)
-    c["view"].again(on_source, [c["source"], c["chosen"]], drawn, **quiet)
+        one(on_source, [c["source"], c["chosen"]], drawn, trigger_mode="always_last", **QUIET)
+    c["view"].pick(on_pick, None, c["chosen"], **QUIET).then(on_source, [c["source"], c["chosen"]], drawn, **QUIET)
+    c["view"].again(on_source, [c["source"], c["chosen"]], drawn, **QUIET)
     for field in form:
-        field.change(on_estimate, form, c["estimate"], trigger_mode="always_last", **quiet)
-    c["run"].click(on_run, form, [c["source"], c["progress"], c["timer"], *drawn], **quiet)
-    c["stop"].click(on_stop, None, None, **quiet)
-    c["timer"].tick(on_time, [c["source"], c["chosen"]], [c["progress"], c["timer"], *drawn], **quiet)
+        field.change(on_estimate, form, c["estimate"], trigger_mode="always_last", **QUIET)
+    c["run"].click(on_run, form, [c["source"], c["progress"], c["timer"], *drawn], **QUIET)
+    c["stop"].click(on_stop, None, None, **QUIET)
+    c["timer"].tick(on_time, [c["source"], c["chosen"]], [c["progress"], c["timer"], *drawn], **QUIET)
     return c

@@ -32,14 +32,7 @@ def test_no_microphone_is_said_beside_it(tmp_path, flags, words):
 
 
 def compare(page):
-    "Open Compare; where its first answer was lost on the way, as the page says after a while, take the way out that it offers."
     page.click("button[role=tab]:has-text('Compare')")
-    page.wait_for_function(f"() => ({SHOWN})() || document.querySelector('#compare-view .essl-busy button')")
-    if page.locator("#compare-view .essl-busy button").count():
-        page.click("#compare-view .essl-busy button:has-text('Try again')")
-        page.wait_for_load_state()
-        page.wait_for_function(READY)
-        page.click("button[role=tab]:has-text('Compare')")
     page.wait_for_function(SHOWN)
 
 
