@@ -15,7 +15,7 @@ from threading import Lock
 from .clips import MB
 from .library import Studies, StudyFile, VisitStudy
 from .page import QUIET, error_html, error_words, path_of
-from .uploads import Uploads
+from .uploads import TypedOrSent, Uploads
 from ..core.registry import EsslError
 
 # %% ../../nbs/app/16_open_study.ipynb #1129a8f6
@@ -33,18 +33,12 @@ def typed_folder(typed: str) -> Path:
     return folder.absolute()
 
 
-class StudyOpener:
+class StudyOpener(TypedOrSent):
     "Studies that visitors opened, each for its visit alone."
 
     def __init__(self, studies: Studies, uploads: Uploads, local: bool): # local: paths may be typed
         self.studies, self.uploads, self.local = studies, uploads, local
-        self.opened, self.fields, self.lock = {}, (), Lock()  # session → [(key, folder to remove or None)]
-
-    def hosted(self):
-        "The page will be reached from elsewhere: an upload takes the place of the path."
-        self.local = False
-        for i, field in enumerate(self.fields):
-            field.visible = i > 0
+        self.opened, self.lock = {}, Lock()  # session → [(key, folder to remove or None)]
 
     def open(self, session: str, typed: str = "", sent: str | None = None) -> str: # a key of the studies
         "Open a study for one visit. Raises EsslError where its rows cannot be read."

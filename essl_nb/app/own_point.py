@@ -22,7 +22,7 @@ from .access import LOOPBACK
 from .clips import LRUCache
 from .library import Studies, StudyFile, display_path, setting_of
 from .page import QUIET, error_html, error_words, path_of
-from .uploads import MB, Uploads
+from .uploads import MB, TypedOrSent, Uploads
 from .work import DONE, FAILED, STOPPED, Jobs, duration_words, progress_text
 from ..core.registry import EsslError
 from ..study.own_encoder import asked_of, checked_config, checked_folder, measure_own, own_machine, with_own
@@ -128,19 +128,12 @@ def files_key(folder: Path) -> str:
 MOST_SECONDS = 600.0  # that a score of the study may have taken
 
 
-class OwnController:
+class OwnController(TypedOrSent):
     "What the callbacks share: studies, the jobs of all visitors, uploads, and whether paths may be typed."
 
     def __init__(self, studies: Studies, jobs: Jobs, uploads: Uploads):
         self.studies, self.jobs, self.uploads = studies, jobs, uploads
         self.local = os.environ.get("GRADIO_SERVER_NAME", LOOPBACK[0]) in LOOPBACK
-        self.fields = ()  # the path's field and those of the upload
-
-    def hosted(self):
-        "The page will be reached from elsewhere: an upload takes the place of the path."
-        self.local = False
-        for i, field in enumerate(self.fields):
-            field.visible = i > 0
 
     @contextmanager
     def folder_of(self, typed: str, paths): # yields (folder, what to call it)
