@@ -340,4 +340,5 @@ def wire_cost(controller: CostController, tab, c: dict) -> dict: # the component
     c["measure"].click(run("measuring"), asked, working, **work)
     c["make_cards"].click(run("carding"), asked, working, **work)
     c["stop"].click(stop, None, None, **QUIET)
+    c["ahead_of_time"] = lambda: fill(False, *(c[n].value for n in names), {})
     return c

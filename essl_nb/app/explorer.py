@@ -131,11 +131,11 @@ def create_app(
             with tab_of("compare"):
                 compare = compare_tab(studies, own, opener)
             with tab_of("cost") as tab:
-                cost_tab(CostController(studies, jobs), tab)
+                cost = cost_tab(CostController(studies, jobs), tab)
             with tab_of("stream") as tab:
-                stream_tab(StreamController(live, studies.neighbour("streaming"), controller), tab)
+                stream = stream_tab(StreamController(live, studies.neighbour("streaming"), controller), tab)
             with tab_of("light-gru") as tab:
-                loop_tab(LoopController(studies, controller, jobs), tab)
+                loops = loop_tab(LoopController(studies, controller, jobs), tab)
             with tab_of("study") as tab:
                 runs = StudyController(studies, controller, jobs)
                 study = study_tab(runs, tab)
@@ -143,7 +143,7 @@ def create_app(
         connect_study(tabs, runs, study, compare)
     app.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
     app._queue.sleep_when_free = IDLE  # gradio looks every millisecond, which is an eighth of a core while nobody asks for anything
-    app.launch = Launch(app, uploads, [listen["first_view"], compare["first_view"]])
+    app.launch = Launch(app, uploads, [listen["first_view"], compare["first_view"]], [part["ahead_of_time"] for part in (study, cost, loops, stream)])
     app.launch.when_hosted = [own.hosted, opener.hosted]
     return app
 
@@ -158,11 +158,11 @@ def attributes_of(update) -> dict: # name → value
 class Launch:
     "The explorer's `launch()`: the page's settings, the access filter, and the first views rendered ahead."
 
-    def __init__(self, app, uploads, first_views): # first_views: called without arguments; each returns component → attributes
+    def __init__(self, app, uploads, first_views, ahead=()): # first_views: called without arguments; each returns component → attributes; ahead: what the other tabs need first
         from essl_nb.app.page import head
         from essl_nb.app.theme import CSS, theme
 
-        self.app, self.uploads, self.first_views, self.start = app, uploads, first_views, app.launch
+        self.app, self.uploads, self.first_views, self.ahead, self.start = app, uploads, first_views, ahead, app.launch
         self.rendering, self.ended, self.when_hosted = None, False, []  # when_hosted: called before a page starts that others reach
         self.keywords = LAUNCH | dict(theme=theme(), css=CSS, head=head())
 
@@ -202,7 +202,7 @@ class Launch:
             self.rendering.join(timeout)
 
     def render_first_views(self):
-        "Make the first views part of the page."
+        "Make the first views part of the page, then read what the other tabs show first."
         for view in self.first_views:
             if self.ended:
                 return
@@ -213,6 +213,12 @@ class Launch:
             except Exception as e:  # the page then requests it, and shows what is wrong
                 print(f"essl_explore: the first view could not be rendered ({type(e).__name__}: {e})", flush=True)
             self.app.config = self.app.get_config_file()
+        for read in self.ahead:
+            if not self.ended:
+                try:
+                    read()
+                except Exception:  # the tab says what is wrong when it is opened
+                    continue
 
 # %% ../../nbs/app/26_explorer.ipynb #051cd350
 def connect(app, tabs, controller, studies, listen: dict, compare: dict, leaving: list): # leaving: called with a session that ends

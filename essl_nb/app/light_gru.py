@@ -381,4 +381,5 @@ def wire_loops(controller: LoopController, tab, c: dict) -> dict: # the componen
     c["gates"].again(draw_gates, chosen, outputs, **QUIET)
     c["measure"].click(run, asked, [c["view"], c["error"], c["measured"], c["measure"], c["stop"], c["machine"], c["place"]], concurrency_id="work", concurrency_limit=16, **QUIET)
     c["stop"].click(stop, None, None, **QUIET)
+    c["ahead_of_time"] = lambda: fill(False, *(c[n].value for n in form), {})
     return c

@@ -95,6 +95,8 @@ document.addEventListener('keydown', e => { // arrows on the bar of tabs, as in 
 
 # %% ../../nbs/app/03_page.ipynb #f3eeedbb
 LARGE = r"""
+const warn = console.warn;
+console.warn = (...said) => { if (said[0] !== 'Method not implemented.') warn.apply(console, said); };
 E.most = 25e6; // bytes of one upload
 E.tooLarge = e => {
   const files = e.dataTransfer ? e.dataTransfer.files : e.target.files, box = e.target.closest && e.target.closest('#own, #stream-own');

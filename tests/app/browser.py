@@ -22,6 +22,7 @@ def quiet_page(uploads, width: int = 390, study=None, corpus="bundled", flags=FL
             page = p.chromium.launch(executable_path=chromium(), args=flags).new_context(viewport=dict(width=width, height=800), **more).new_page()
             page.set_default_timeout(PATIENCE)
             asked, told = [], []
+            page.told = told
             page.on("request", lambda r: asked.append(r.url))
             page.on("console", lambda m: told.append(m.text))
             page.on("pageerror", lambda e: told.append(str(e)))

@@ -2,7 +2,9 @@
 import json
 import time
 
+import numpy as np
 import pytest
+import soundfile as sf
 from browser import quiet_page
 from madeup import make_study
 from test_app import FLAGS
@@ -49,6 +51,20 @@ def grown(folder, rows: int):
                 what = {name: f"{v} {k}" if name in ("encoder", "run") else v for name, v in row["what"].items()}
                 out.write(json.dumps(row | dict(key=f"{row['key']} {k}", what=what)) + "\n")
     return folder
+
+
+def test_an_upload_leaves_the_console_silent(tmp_path):
+    wave = tmp_path / "mine.wav"
+    sf.write(wave, np.random.default_rng(0).normal(0, 0.1, 10 * 16000), 16000)
+    with quiet_page(tmp_path / "up", 1440) as page:
+        page.wait_for_function(READY)
+        page.click("label:has-text('your own')")
+        page.set_input_files("#own input[type=file]", wave)
+        page.wait_for_function("() => essl.views.listen.payload.transcript.startsWith('mine') && !essl.views.listen.root.classList.contains('waiting')")
+        page.evaluate("console.warn('a warning')")
+        page.wait_for_timeout(500)
+        assert page.told == ["a warning"], page.told
+        page.told.clear()
 
 
 def test_ten_thousand_rows_are_drawn_chosen_from_and_clicked(tmp_path):
