@@ -310,9 +310,9 @@ def compare_tab(studies: Studies, own: OwnController | None = None, opener: Stud
         return event._data.get("label")
 
     begin, redraw = partial(refresh, fresh=True), []
+    waits = lambda where="true": dict(js=f"(...all) => {{ if ({where} && window.essl) essl.busy('compare', 'Reading the study…'); return all; }}")
     for name in LINKED[: -len(FIELDS)]:
-        wait = dict(js="(...all) => { window.essl && essl.busy('compare', 'Reading the study…'); return all; }") if name in ("study", *PICKS, "cost", "machine") else {}
-        done = c[name].input(begin if name == "study" else refresh, asked, answers, trigger_mode="always_last", **wait, **QUIET)
+        done = c[name].input(begin if name == "study" else refresh, asked, answers, trigger_mode="always_last", **(waits() if name in ("study", *PICKS, "cost", "machine") else {}), **QUIET)
         redraw += [done.then] if name in ("study", "chosen") else []
     redraw.append(c["view"].pick(pick, None, c["chosen"], **QUIET).then(refresh, asked, answers, **QUIET).then)
     for chosen in (c["study"].input, c["chosen"].input, c["view"].pick):  # in the browser, at once: a response still on its way must not remove a later message
@@ -321,12 +321,12 @@ def compare_tab(studies: Studies, own: OwnController | None = None, opener: Stud
     redraw.append(c["view"].again(**opened).then)
     redraw += [after(refresh, asked, answers, **QUIET).then for after in (wire_own(own, c, PICKS, shown_probe) if own else ())]
     opened_one = lambda error, *values: {} if error else begin(*values)  # where nothing was opened, a choice made meanwhile stays
-    redraw += [after(opened_one, [c["study_error"], *asked], answers, **QUIET).then for after in (wire_opener(opener, c) if opener else ())]
+    redraw += [after(opened_one, [c["study_error"], *asked], answers, **waits("!all[0]"), **QUIET).then for after in (wire_opener(opener, c) if opener else ())]
     wire_further(studies, c["chosen"], further)
     wire_picker(c, partial(refresh, but=("error",)), asked, [c[n] for n in updated if n != "error"])  # the error is about a link
     after, draw = wire_curves(redraw, studies, curves, c, second)
     c["open"] = lambda app: after(app.load(**opened).then)
-    c["reopen"] = lambda event: after(event.then(begin, asked, answers, **QUIET).then)  # after another tab has chosen the study
+    c["reopen"] = lambda event: after(event.then(begin, asked, answers, **waits(), **QUIET).then)  # after another tab has chosen the study
 
     def first_view() -> dict: # component -> update
         first = {c[n]: update for n, update in compare_updates(studies, curves, {n: c[n].value for n in names}, True).items()}
