@@ -89,12 +89,12 @@ class Walk:
 
 
 def student(w: Walk):
-    "What is mixing? Plays the sentence, then looks at attention beside three other ways."
+    "What is mixing? Plays the sentence, then compares three other ways."
     w.step("the sentence, played", w.press(".essl-play"), w.seen("button:has-text('Pause')"))
     w.unfold("listen")
     for i, words in enumerate(("no mixing", "neighbours", "a summary of all")):
         before = w.page.evaluate("() => (essl.views.listen.payload.panels[1] || {}).title || ''")
-        w.step(f"attention beside {words}", w.press(f"#contrast-{i}"), w.drawn("listen", f"v.payload.panels.length === 2 && v.payload.panels[1].title !== {json.dumps(before)}"))
+        w.step(f"compared with {words}", w.press(f"#contrast-{i}"), w.drawn("listen", f"v.payload.panels.length === 2 && v.payload.panels[1].title !== {json.dumps(before)}"))
 
 
 def engineer(w: Walk):
