@@ -31,7 +31,7 @@ OUT = ROOT / "results" / "visitors" / "walks.jsonl"
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 SHAPES = ((1440, "light"), (390, "dark"))  # width in px, colours
 DRAWN = "v && v.payload && !v.root.classList.contains('waiting') && !v.busy.textContent && v.root.dataset.shown === String(v.payload.stamp)"
-TABS = {"Compare": "compare", "Cost": "cost", "Stream": "live", "LiGRU": "gru", "Study": "health"}  # name → its first view
+TABS = {"Compare": "compare-view", "Cost": "cost-view", "Stream": "live-view", "LiGRU": "gru-view", "Study": "health-view"}  # name → its first view
 
 
 def started(tmp: Path) -> tuple: # (process, address, s until the page answered)
@@ -78,7 +78,7 @@ class Walk:
     def open_tab(self, name: str):
         "A tab's first view."
         view = TABS[name]
-        self.step(f"{name}, opened first", self.press(f"button[role=tab]:has-text('{name}')"), self.seen(f"#{view}-view .essl-view[data-shown]"))
+        self.step(f"{name}, opened first", self.press(f"button[role=tab]:has-text('{name}')"), self.seen(f"#{view} .essl-view[data-shown]"))
 
     def unfold(self, tab: str):
         "On a narrow page the choices are folded."
@@ -129,8 +129,8 @@ def tabs(w: Walk):
     for name in TABS:
         w.open_tab(name)
         w.page.wait_for_timeout(500)
-    for name, view in dict(Listen="listen", **TABS).items():
-        w.step(f"{name}, again", w.press(f"button[role=tab]:has-text('{name}')"), w.seen(f"#{view}-view .essl-view[data-shown]"))
+    for name, view in dict(Listen="listen-view", **TABS).items():
+        w.step(f"{name}, again", w.press(f"button[role=tab]:has-text('{name}')"), w.seen(f"#{view} .essl-view[data-shown]"))
 
 
 def main():
