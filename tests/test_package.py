@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import essl_nb
 
@@ -165,3 +168,16 @@ def test_an_installed_package_takes_no_strangers_folder(tmp_path, monkeypatch):
 def test_the_wheel_alone_does_what_the_readme_says(tmp_path):
     done = subprocess.run([sys.executable, "tools/from_wheel.py", "--keep", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_every_pin_holds_on_every_python_that_it_names():
+    "A system may come with the first release of its Python, and a library ask for a later one."
+    lines = [Requirement(line) for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    held, wrong = [r for r in lines if r.marker], []
+    for r in held:
+        try:
+            needs = SpecifierSet(distribution(r.name).metadata["Requires-Python"] or "")
+        except PackageNotFoundError:
+            continue
+        wrong += [f"{r}: needs Python {needs}, and is pinned on {v}" for v in ("3.11.0", "3.11.2", "3.12.0", "3.13.0") if r.marker.evaluate({"python_version": v.rsplit(".", 1)[0], "python_full_version": v}) and v not in needs]
+    assert len(held) > 100 and not wrong, wrong

@@ -3,13 +3,15 @@
     .venv/bin/python tools/pins.py > constraints.txt
 
 torch and torchaudio are pinned everywhere, since they must fit each other. The other pins hold for Python 3.11 and
-later; on 3.10 pip takes the newest that still supports it. Libraries that torch itself pins (CUDA, triton) stay out.
+later, or from that release of 3.11 on which a library asks for (some do for 3.11.5, and systems come with 3.11.2); before
+it pip takes the newest that still supports it. Libraries that torch itself pins (CUDA, triton) stay out.
 """
 from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHS_OWN = ("nvidia-", "cuda-", "triton", "setuptools")
@@ -36,6 +38,17 @@ def closure(wanted):
     return found
 
 
+def marker(name):
+    "For which versions of Python the installed version of a library is pinned."
+    if name in ("torch", "torchaudio", "torchvision"):
+        return ""
+    spec = SpecifierSet(distribution(name).metadata["Requires-Python"] or "")
+    if "3.11.0" in spec:
+        return ' ; python_version >= "3.11"'
+    first = next((f"3.11.{k}" for k in range(1, 30) if f"3.11.{k}" in spec), "3.12")
+    return f' ; python_full_version >= "{first}"'
+
+
 if __name__ == "__main__":
     parser = ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini", encoding="utf-8")
@@ -43,5 +56,4 @@ if __name__ == "__main__":
     print("# Written by tools/pins.py: the versions that the tests were last run with.")
     for name, version in sorted(closure(wanted).items()):
         if not name.startswith(TORCHS_OWN):
-            always = name in ("torch", "torchaudio", "torchvision")
-            print(f"{name}=={version.split('+')[0]}" + ("" if always else ' ; python_version >= "3.11"'))
+            print(f"{name}=={version.split('+')[0]}{marker(name)}")
