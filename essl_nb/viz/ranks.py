@@ -52,7 +52,7 @@ def rank_figure(
     shared |= dict(hoverinfo="text", showscale=bool(np.isfinite(points).any()), text=texts, colorbar=bar)
     fig.add_trace(go.Heatmap(z=points, zmin=-top, zmax=top, colorscale=scale, **shared))
     open_pairs = [(j, i) for i in at for j in at if i != j and not np.isfinite(points[i, j])]
-    fig.add_trace(go.Scatter(x=[j for j, _ in open_pairs], y=[i for _, i in open_pairs], mode="markers", marker=dict(size=3, color=GREY), text=[texts[i][j] for j, i in open_pairs], hoverinfo="text"))
+    fig.add_trace(go.Scatter(x=[j for j, _ in open_pairs], y=[i for _, i in open_pairs], mode="markers", marker=dict(size=3, color=GREY), hoverinfo="skip"))  # the cell below tells it
     longest = max(map(len, labels))
     plain(fig, height=110 + 20 * n + 6 * longest, title=title or rank_finding(ranking), margin=dict(l=20 + 7 * longest, r=24, t=40, b=44 + 6 * longest))
     ticks = dict(tickmode="array", tickvals=at, showgrid=False, showline=False, ticks="", tickfont=dict(size=11), range=[-0.5, n - 0.5])
