@@ -9,10 +9,7 @@ walk opens each tab for the first time and again. Needs playwright and a Chromiu
 import argparse
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from playwright.sync_api import sync_playwright
+from visitors import started
 
 from essl_nb.core.files import append_line
 from essl_nb.core.machine import machine_record
@@ -32,17 +30,6 @@ FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --d
 SHAPES = ((1440, "light"), (390, "dark"))  # width in px, colours
 DRAWN = "v && v.payload && !v.root.classList.contains('waiting') && !v.busy.textContent && v.root.dataset.shown === String(v.payload.stamp)"
 TABS = {"Compare": "compare-view", "Cost": "cost-view", "Stream": "live-view", "LiGRU": "gru-view", "Study": "health-view"}  # name → its first view
-
-
-def started(tmp: Path) -> tuple: # (process, address, s until the page answered)
-    "The command, as a user starts it."
-    begin = time.perf_counter()
-    call = "from essl_nb.app.explorer import essl_explore; essl_explore(port=0, no_browser=True)"
-    process = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "GRADIO_TEMP_DIR": str(tmp)})
-    for line in process.stdout:
-        if found := re.findall(r"http://[\d.:]+", line):
-            return process, found[0], time.perf_counter() - begin
-    raise SystemExit("the explorer did not start")
 
 
 class Walk:
@@ -145,7 +132,8 @@ def main():
         soundfile.write(wave, np.sin(2 * np.pi * (200 + 300 * t) * t) / 4, 16000)
         people = dict(student=student, engineer=engineer, researcher=lambda w: researcher(w, wave, study_dir("hybrid")), tabs=tabs)
         load = os.getloadavg()[0]
-        process, address, answered = started(Path(tmp))
+        begin = time.perf_counter()
+        (process, address), answered = started(Path(tmp)), time.perf_counter() - begin
         try:
             browser = p.chromium.launch(executable_path=os.environ.get("ESSL_CHROMIUM") or shutil.which("chromium"), args=FLAGS)
             time.sleep(8)  # what is read ahead

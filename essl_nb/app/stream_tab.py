@@ -146,6 +146,14 @@ from fastcore.basics import patch
 
 
 @patch
+def first_choices(self: StreamController) -> tuple: # clips, the first, parts, the first, encoder
+    "What the tab begins with: *Listen*'s first clip where it can be played."
+    clips, parts, first = self.live.clips(), self.live.parts(), self.listen.first_clip()[4][0][1]
+    known = [k for _, k in clips]
+    return clips, first if first in known else known[0], parts, parts[0][1] if parts else None, first_encoder(self.live.library, self.study.any_scores())
+
+
+@patch
 async def half_played(self: StreamController, source, clip, key, ahead, part, session: str): # yields view values
     "The first half of the sound, without waiting for it; again when phones can be named."
     run, frames = self.live.begin(session), AHEAD[ahead]
@@ -382,17 +390,12 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
         async for shown in uploaded(path_of(sent), source, clip, key, ahead, part, request.session_hash):
             yield shown
 
-    def first_choices() -> tuple: # clips, the first, parts, the first, encoder
-        clips, parts, first = controller.live.clips(), controller.live.parts(), controller.listen.first_clip()[4][0][1]
-        known = [k for _, k in clips]
-        return clips, first if first in known else known[0], parts, parts[0][1] if parts else None, first_encoder(controller.live.library, controller.study.any_scores())
-
     async def on_first(shown, request: gr.Request):
         if shown:
             yield {c["error"]: gr.skip()}
             return
         try:
-            clips, clip, parts, part, key = await asyncio.to_thread(first_choices)
+            clips, clip, parts, part, key = await asyncio.to_thread(controller.first_choices)
             lists = {c["clip"]: gr.Dropdown(choices=clips, value=clip), c["part"]: gr.Dropdown(choices=parts, value=part), c["key"]: key, c["costs"]: controller.costs(key, "160 ms")}
         except Exception as e:
             yield {c["error"]: error_html(error_words(e))}
@@ -404,7 +407,7 @@ def wire_stream(controller: StreamController, c: dict, tab) -> dict: # the compo
     draw = dict(concurrency_id="live", concurrency_limit=16, **QUIET)
     flag = "(...a) => { const v = window.essl && essl.views.live; a[0] = v && v.payload ? '1' : ''; if (v && !v.payload) essl.busy('live', 'Listening to half a clip…'); return a; }"
     tab.select(on_first, c["shown"], [*drawn, c["clip"], c["part"], c["key"], c["costs"]], js=flag, **draw)
-    c["ahead_of_time"] = lambda: controller.live.encoder(first_choices()[-1], AHEAD["160 ms"])
+    c["ahead_of_time"] = lambda: controller.live.encoder(controller.first_choices()[-1], AHEAD["160 ms"])
     for name in ("clip", "key", "ahead", "part"):
         c[name].input(on_half, asked, drawn, js=busy("Listening to half of it…"), trigger_mode="always_last", **draw)
     for name in ("key", "ahead"):

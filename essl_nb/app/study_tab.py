@@ -114,6 +114,10 @@ class StudyController:
                 found.append((f"{name}: {plain_words(objective)} ({sum(r.objective == objective for r in runs)} runs)", f"{name}|{objective}"))
         return found
 
+    def first_source(self, known: list) -> str | None: # known: of `sources`
+        "The one with most runs."
+        return max(known, key=lambda k: int(k[0].rsplit("(", 1)[-1].split()[0]) if "(" in k[0] else 0)[1] if known else None
+
     def runs(self, source: str | None, session: str) -> tuple: # list of RunCurve; lines of Python
         "The runs of a choice. Raises EsslError where there are none."
         if source == OWN and session in self.own:
@@ -278,14 +282,11 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
     def on_estimate(names, steps, width, seeds, probe):
         return sentence(controller.estimate, names, steps, width, seeds, probe)
 
-    def first_lists(session: str) -> tuple: # sources, probes, the source with most runs
-        known, offered = controller.sources(session), offered_probes(controller.listen.corpus)
-        return known, offered, max(known, key=lambda k: int(k[0].rsplit("(", 1)[-1].split()[0]) if "(" in k[0] else 0)[1] if known else None
-
     def on_select(shown, names, steps, width, seeds, request: gr.Request):
         if shown:
             return [gr.skip()] * 6
-        known, offered, first = first_lists(request.session_hash)
+        known, offered = controller.sources(request.session_hash), offered_probes(controller.listen.corpus)
+        first = controller.first_source(known)
         probe = "masked_phones" if "masked_phones" in offered else offered[0]
         return gr.Dropdown(choices=known, value=first), *draw(first, None, request.session_hash), gr.Dropdown(choices=[(plain_words(p), p) for p in offered], value=probe), sentence(controller.estimate, names, steps, width, seeds, probe)
 
@@ -316,6 +317,6 @@ def wire_study(controller: StudyController, c: dict, tab) -> dict: # the compone
         field.change(on_estimate, form, c["estimate"], trigger_mode="always_last", **QUIET)
     c["run"].click(on_run, form, [c["source"], c["progress"], c["timer"], *drawn], **QUIET)
     c["stop"].click(on_stop, None, None, **QUIET)
-    c["ahead_of_time"] = lambda: draw(first_lists("")[2], None, "")
+    c["ahead_of_time"] = lambda: draw(controller.first_source(controller.sources("")), None, "")
     c["timer"].tick(on_time, [c["source"], c["chosen"]], [c["progress"], c["timer"], *drawn], **QUIET)
     return c
